@@ -1,0 +1,182 @@
+"""From raw logs to a DATASET directory, published whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from features.cells import id_type
+from features.dataset import MANIFEST, Dataset, write_parquet
+from features.events import Report, arrange, judge, set_aside, stage
+from features.files import read_files
+from features.items import describe, make_catalogue, read_table, renew
+from features.schema import DataSettings, RawTables, Tally
+from features.sequences import write_sequences
+from features.split import SplitSettings
+from recsys.bundle import publish
+from recsys.config import Recipe
+from recsys.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, events done, events in all)."""
+TALLIES = {"events": "rows", "items": "item_rows", "users": "user_rows"}
+"""What the manifest calls the account of a table's rows."""
+LASTING = ("text_columns", "category_columns", "category_separator", "repeats")
+"""Settings of section [data] that an append cannot change, for what they made of earlier rows is not kept."""
+
+
+def build(
+    data: Path | None,
+    recipe: Recipe,
+    out: Path,
+    *,
+    append: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build the DATASET `out` and return its manifest; with `append`, join `data` to the DATASET that is there.
+
+    Appending gives the same files as building from all the data at once. Raises DataError: `data` cannot be read, holds
+    nothing usable or, if `strict`, a single bad row; `out` is in the way. RecipeError: a wrong setting.
+    """
+    settings, split = recipe.read(DataSettings), recipe.read(SplitSettings)
+    before = _open_earlier(out, settings) if append else None
+    if not append and out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is no data set; name another directory")
+    raw = _read(data, settings, progress)
+    if before is not None and ("order" in before.events.collect_schema()) != ("order" in raw.events.collect_schema()):
+        raise DataError(f"{out}: was built {'without' if settings.order else 'with'} an order; append with the same data.order")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); name another directory") from None
+    try:
+        job = _Job(settings, split, before, work, str(data or settings.source), strict, progress)
+        head = {"recipe": recipe.name, "settings": {"data": settings.as_dict(), "split": split.as_dict()}}
+        manifest = head | job.write(raw)
+        writers = {path.name: partial(os.replace, path) for path in sorted(work.glob("*.parquet"))}
+        return publish(out, writers, manifest, MANIFEST).manifest
+    finally:
+        shutil.rmtree(work)
+
+
+def _read(data: Path | None, settings: DataSettings, progress: Progress | None) -> RawTables:
+    if settings.source != "files":
+        from features.sources import read_source
+
+        return read_source(settings.source, data, progress)
+    if data is None:
+        raise DataError("no data folder: name one, or a public data set in data.source")
+    return read_files(data, settings)
+
+
+def _open_earlier(out: Path, settings: DataSettings) -> Dataset:
+    before = Dataset.open(out)
+    then, now = before.manifest["settings"]["data"], json.loads(json.dumps(settings.as_dict()))
+    for key in LASTING:
+        if then[key] != now[key]:
+            raise DataError(f"{out}: was built with data.{key} = {then[key]!r}, not {now[key]!r}; append with the same")
+    return before
+
+
+@dataclass
+class _Job:
+    """One build: raw tables in, the DATASET's files into a work directory."""
+
+    settings: DataSettings
+    split: SplitSettings
+    before: Dataset | None
+    work: Path
+    where: str
+    strict: bool
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        reported = self.before.manifest if self.before else {}
+        self.tallies = {table: Tally.of(table, self.strict, reported.get(key)) for table, key in TALLIES.items()}
+        self.aside = [] if self.before is None or self.before.quarantine is None else [self.before.quarantine]
+
+    def write(self, raw: RawTables) -> dict[str, Any]:
+        """Write every table; returns what the manifest says of them."""
+        earlier = self.before.events if self.before else None
+        schemas = [table.collect_schema() for table in (raw.events, raw.items, raw.users, earlier) if table is not None]
+        ids = {name: id_type(name, schemas) for name in ("user_id", "item_id")}
+        listed = self._renew("items", raw.items, "item_id", ids)
+        users = self._renew("users", raw.users, "user_id", ids)
+        counts = self._write_events(raw.events, earlier, ids)
+        items = make_catalogue(listed, counts, self.tallies["events"])
+        warm = (items["events"] > 0).sum()
+        if not warm:
+            raise DataError(f"{self.where}: no event is for training; set split.test_start to a time after the first events")
+        self._put("items", items)
+        if users is not None:
+            self._put("users", users.sort("user_id"))
+        if any(len(rows) for rows in self.aside):
+            self._put("quarantine", _in_normal_form(self.aside))
+        events = pl.scan_parquet(self.work / "events.parquet")
+        report = self._report("sequences", int(counts["all"].sum()))
+        parts = write_sequences(events, items, self.work / "sequences.parquet", self.split, report)
+        return {
+            "users": pl.scan_parquet(self.work / "sequences.parquet").select(pl.len()).collect().item(),
+            "events": sum(parts.values()),
+            "items": len(items),
+            "warm_items": warm,
+            "counts": parts,
+            **{key: self.tallies[table].as_dict() for table, key in TALLIES.items()},
+        }
+
+    def _renew(self, table: str, raw: pl.LazyFrame | None, name: str, ids: dict[str, pl.DataType]) -> pl.DataFrame | None:
+        """The items or users of earlier builds with those of this one."""
+        where, tally = f"{self.where}, {table}", self.tallies[table]
+        old: pl.DataFrame | None = getattr(self.before, "listed" if table == "items" else "users", None)
+        old = None if old is None else old.with_columns(pl.col(name).cast(ids[name]))
+        if raw is None:
+            return old
+        new, bad = read_table(raw, name, ids[name], tally, where)
+        self.aside.append(bad)
+        return renew(old, describe(new, self.settings, where) if table == "items" else new, name, tally)
+
+    def _write_events(self, raw: pl.LazyFrame, earlier: pl.LazyFrame | None, ids: dict[str, pl.DataType]) -> pl.DataFrame:
+        """Write the sorted events; returns the items' counts."""
+        tally, staged = self.tallies["events"], self.work / "staged"
+        judged = judge(raw, self.settings, ids, self.settings.now or int(time.time()), self.where)
+        bad = stage(judged, earlier, staged, tally, self.where)
+        self.aside.append(set_aside(raw, bad, tally, self.where))
+        rows = pl.scan_parquet(staged)
+        report = self._report("events", rows.select(pl.len()).collect().item() - len(bad))
+        counts, repeats = arrange(rows, self.work / "events.parquet", self.settings.repeats, self.split, tally, report)
+        self.aside.append(set_aside(raw, repeats, tally, self.where))
+        staged.unlink()
+        return counts
+
+    def _put(self, name: str, table: pl.DataFrame) -> None:
+        write_parquet([table], table.schema, self.work / f"{name}.parquet")
+
+    def _report(self, what: str, total: int) -> Report:
+        done = 0
+
+        def report(events: int) -> None:
+            nonlocal done
+            done += events
+            if self.progress is not None:
+                self.progress(what, done, total)
+
+        return report
+
+
+def _in_normal_form(aside: list[pl.DataFrame]) -> pl.DataFrame:
+    """The rows set aside, in an order that depends on what they hold alone, without columns that hold nothing."""
+    rows = pl.concat([part for part in aside if len(part)], how="diagonal")
+    filled = sorted(name for name in rows.columns[2:] if rows[name].null_count() < len(rows))
+    return rows.select("table", "reason", *filled).sort(pl.all())

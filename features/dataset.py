@@ -1,0 +1,112 @@
+"""A DATASET directory: how its tables are written, with the same bytes for the same rows, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from polars.io.plugins import register_io_source
+
+from recsys.bundle import open_directory
+from recsys.errors import DataError
+
+if TYPE_CHECKING:
+    from recsys.batch import Sequences
+
+MANIFEST = "dataset.json"
+FLAT_ROWS, LIST_ROWS = 2**18, 2**13
+"""Rows of a row group; a row of a list column holds a whole user."""
+ONE_PAGE = 2**30
+"""Bytes of a data page. Polars sizes the pages of list columns by the chunks in memory, so only one page a column and
+row group has the same bytes however the rows came."""
+
+
+def write_parquet(frames: Iterable[pl.DataFrame], schema: Mapping[str, pl.DataType], path: Path, rows: int = FLAT_ROWS) -> None:
+    """Write frames one below the other; the bytes depend on the rows alone. An error raised by `frames` passes through."""
+
+    def source(columns: list[str] | None, *_: object) -> Iterator[pl.DataFrame]:
+        for frame in frames:
+            yield frame if columns is None else frame.select(columns)
+
+    table = register_io_source(source, schema=pl.Schema(schema))
+    table.sink_parquet(path, compression="zstd", compression_level=1, row_group_size=rows, data_page_size=ONE_PAGE)
+
+
+class Dataset:
+    """A DATASET that was built before; what it holds is read when first asked for."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Dataset:
+        """Check the manifest and that every file is there and, with `verify`, unaltered.
+
+        Raises DataError: no DATASET, one of another format, or a file that is missing or altered.
+        """
+        return cls(path, open_directory(path, verify, MANIFEST, DataError).manifest)
+
+    @property
+    def events(self) -> pl.LazyFrame:
+        """The clean events, sorted by user and time (or order), times as they were stated (null where they were not)."""
+        return pl.scan_parquet(self.path / "events.parquet")
+
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        """row, item_id, title (null: in no items table), text, categories, events of the training part; by row."""
+        return pl.read_parquet(self.path / "items.parquet")
+
+    @property
+    def listed(self) -> pl.DataFrame | None:
+        """item_id, title, text and categories of the items that an items table listed; None where there was none."""
+        items = self.items.filter(pl.col("title").is_not_null()).select("item_id", "title", "text", "categories")
+        return items if len(items) else None
+
+    @cached_property
+    def users(self) -> pl.DataFrame | None:
+        """The users table, by user_id; None where there is none."""
+        path = self.path / "users.parquet"
+        return pl.read_parquet(path) if path.is_file() else None
+
+    @cached_property
+    def quarantine(self) -> pl.DataFrame | None:
+        """The rows set aside: table, reason, and the original cells as text; None where there are none."""
+        path = self.path / "quarantine.parquet"
+        return pl.read_parquet(path) if path.is_file() else None
+
+    @property
+    def titles(self) -> list[str]:
+        """A name for every item, by row: its title, or its id where it has none."""
+        title, item_id = pl.col("title"), pl.col("item_id").cast(pl.String)
+        return self.items.select(pl.when(title != "").then(title).otherwise(item_id)).to_series().to_list()
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of every item, by row; empty where it has none."""
+        return self.items["text"].to_list()
+
+    @cached_property
+    def user_ids(self) -> pl.Series:
+        """In the order of `sequences`: ascending."""
+        return pl.read_parquet(self.path / "sequences.parquet", columns=["user_id"]).to_series()
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Every user's events as tensors."""
+        import torch
+
+        from recsys.batch import Sequences
+
+        table = pl.read_parquet(self.path / "sequences.parquet", columns=["items", "timestamps", "train_end", "validation_end"])
+        lengths = torch.tensor(table["items"].list.len().to_numpy(), dtype=torch.int64)
+        return Sequences(
+            items=torch.tensor(table["items"].explode().to_numpy()),
+            times=torch.tensor(table["timestamps"].explode().to_numpy()),
+            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            train_end=torch.tensor(table["train_end"].to_numpy(), dtype=torch.int64),
+            validation_end=torch.tensor(table["validation_end"].to_numpy(), dtype=torch.int64),
+        )

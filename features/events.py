@@ -1,0 +1,182 @@
+"""Events: every row is judged, bad ones are set aside, clean ones are sorted user by user, never all in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+
+from features.cells import read_id, read_order, read_time
+from features.dataset import write_parquet
+from features.files import readable
+from features.schema import REASON, ROW, DataSettings, Tally
+from features.split import SplitSettings, split_ends
+from recsys.errors import DataError
+
+AT_ONCE = 2**23
+"""Events in memory at once, besides those of one user; tests/benchmarks/features_scale.py measures what that takes."""
+NOT_BAD = pl.lit(None, REASON)
+Report = Callable[[int], None]
+"""Called with the events done since it was last called."""
+
+
+def number(table: pl.LazyFrame) -> pl.LazyFrame:
+    """With every row's number, from 1, in front."""
+    return table.with_row_index(ROW, offset=1).with_columns(pl.col(ROW).cast(pl.Int64))
+
+
+def judge(events: pl.LazyFrame, settings: DataSettings, ids: dict[str, pl.DataType], now: int, where: str) -> pl.LazyFrame:
+    """Numbered events with their cells read, and the reason why a row is bad by itself, or null.
+
+    Raises DataError: a column of a type that cannot be read.
+    """
+    raw = events.collect_schema()
+    user_id, item_id = (read_id(name, raw[name], where) for name in ids)
+    time = read_time("timestamp", raw["timestamp"], settings.time_unit, where)
+    order = read_order("order", raw["order"], where) if "order" in raw else None
+    cells = [user_id, item_id, time] + ([order] if order else [])
+    conditions = {
+        "null_id": user_id.missing | item_id.missing,
+        "wrong_type": pl.any_horizontal(cell.wrong for cell in cells),
+        **({"missing_order": order.missing} if order else {"missing_time": time.missing}),
+        "negative_time": time.value < 0,
+        "future_time": time.value > now,
+    }
+    reasons = [pl.when(condition).then(pl.lit(reason, REASON)) for reason, condition in conditions.items()]
+    return number(events).select(
+        ROW,
+        user_id.value.cast(ids["user_id"]).alias("user_id"),
+        item_id.value.cast(ids["item_id"]).alias("item_id"),
+        time.value.alias("timestamp"),
+        *([order.value.alias("order")] if order else []),
+        reason=pl.coalesce(*reasons, NOT_BAD),
+    )
+
+
+def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, path: Path, tally: Tally, where: str) -> pl.DataFrame:
+    """Write the events as they came, those of earlier builds first, numbered up to 0; returns number and reason of bad ones.
+
+    Raises DataError: there are no events, or none that is usable.
+    """
+    rows = [judged]
+    if earlier is not None:
+        events = earlier.select(pl.len()).collect().item()
+        kinds = {name: judged.collect_schema()[name] for name in ("user_id", "item_id")}
+        rows.insert(0, number(earlier).with_columns(pl.col(ROW) - events, reason=NOT_BAD).cast(kinds))  # type: ignore[arg-type]
+    with readable(where):
+        pl.concat(rows).sink_parquet(path, compression="lz4")
+    staged = pl.scan_parquet(path).filter(pl.col(ROW) > 0)
+    read = staged.select(pl.len()).collect(engine="streaming").item()
+    if not read:
+        raise DataError(f"{where}: there are no events; name a file that holds some")
+    tally.read += read
+    bad = staged.filter(pl.col("reason").is_not_null()).select(ROW, "reason").collect(engine="streaming")
+    if len(bad) == read:
+        counts = ", ".join(f"{count} {reason}" for reason, count in bad["reason"].value_counts(sort=True).rows())
+        raise DataError(f"{where}: none of the {read} events is usable ({counts}); check the recipe's section [data]")
+    return bad
+
+
+def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) -> pl.DataFrame:
+    """The raw rows that `bad` numbers, all cells as text, with their reason; counted.
+
+    Raises DataError: there are some and the tally is strict.
+    """
+    if bad.is_empty():
+        return pl.DataFrame()
+    cells = table.select(_text(name, dtype) for name, dtype in table.collect_schema().items())
+    with readable(where):
+        rows = bad.lazy().join(number(cells), on=ROW).collect(engine="streaming").sort(ROW)
+    for reason in rows["reason"].unique(maintain_order=True):
+        found = rows.filter(pl.col("reason") == reason)
+        tally.add(reason, len(found), found)
+    return rows.select(pl.lit(tally.table).alias("table"), pl.col("reason").cast(pl.String), pl.exclude(ROW, "reason"))
+
+
+def by_users(events: pl.LazyFrame, report: Report) -> Iterator[pl.DataFrame]:
+    """The events of all users, in turn, so many users at a time as have AT_ONCE events."""
+    users = events.group_by("user_id").len().sort("user_id").collect(engine="streaming")
+    part = ((pl.col("len").cum_sum() - 1) // AT_ONCE).alias("part")
+    ends = users.group_by(part, maintain_order=True).agg(pl.first("user_id"), pl.last("user_id").alias("last"), pl.sum("len"))
+    for _, first, last, count in ends.rows():
+        yield events.filter(pl.col("user_id").is_between(pl.lit(first), pl.lit(last))).collect(engine="streaming")
+        report(count)
+
+
+def arrange(
+    staged: pl.LazyFrame, path: Path, repeats: str, split: SplitSettings, tally: Tally, report: Report
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Write clean events sorted by user, then order or time, then as they came.
+
+    Returns for every item the count of all its events and of those for training, and number and reason of repeated events.
+    """
+    clean = staged.filter(pl.col("reason").is_null()).drop("reason")
+    schema = clean.collect_schema()
+    key = "order" if "order" in schema else "timestamp"
+    counts: list[pl.DataFrame] = []
+    repeated = [pl.DataFrame(schema={ROW: pl.Int64})]
+    found: dict[str, list[pl.DataFrame]] = {reason: [] for reason in ("unsorted", "filled_time", "raised_time")}
+    totals = dict.fromkeys(found, 0)
+
+    def note(reason: str, rows: pl.DataFrame) -> None:
+        totals[reason] += len(rows)
+        found[reason].append(rows.head(1))
+
+    def parts() -> Iterator[pl.DataFrame]:
+        for part in by_users(clean, report):
+            part = part.sort("user_id", key, ROW)
+            if repeats == "drop":
+                part, later = part_repeats(part, key)
+                repeated.append(later.select(ROW))
+            times = fill_times(part)
+            note("unsorted", part.filter(moved()))
+            note("filled_time", part.filter(pl.col("timestamp").is_null()))
+            note("raised_time", part.filter(times["timestamp"] > part["timestamp"]))
+            counts.append(count_items(times, split))
+            yield part.drop(ROW)
+
+    write_parquet(parts(), {name: dtype for name, dtype in schema.items() if name != ROW}, path)
+    tally.add("unsorted", totals["unsorted"], pl.concat(found["unsorted"]))
+    for reason in ("filled_time", "raised_time"):
+        tally.settle(reason, totals[reason], pl.concat(found[reason]))
+    items = pl.concat(counts).group_by("item_id").sum()
+    return items, pl.concat(repeated).with_columns(reason=pl.lit("duplicate", REASON))
+
+
+def part_repeats(events: pl.DataFrame, key: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Sorted events without those that agree with an earlier one in all columns but the number, and these."""
+    same = pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift()) for name in ("user_id", key)).fill_null(False)
+    tied = events.filter(same | same.shift(-1, fill_value=False))  # few, so that few rows are hashed
+    later = tied.filter(~pl.struct(pl.exclude(ROW)).is_first_distinct())
+    return (events.join(later, on=ROW, how="anti", maintain_order="left") if len(later) else events), later
+
+
+def moved() -> pl.Expr:
+    """True for a sorted event that came after a later one of its user."""
+    place = pl.col("user_id").rle_id().cast(pl.Int64) * 2**33 + pl.col(ROW)
+    return place.cum_min(reverse=True) < place
+
+
+def fill_times(events: pl.DataFrame) -> pl.DataFrame:
+    """Sorted events with every time known and none before that of an earlier event of the user; 0 if the user has none."""
+    if "order" not in events.columns:
+        return events
+    time = pl.col("timestamp").cum_max().forward_fill().backward_fill().over("user_id")
+    return events.with_columns(time.fill_null(0))
+
+
+def count_items(events: pl.DataFrame, split: SplitSettings) -> pl.DataFrame:
+    """item_id, all (its events) and training (those in the training part)."""
+    train_end, _ = split_ends(split)
+    trained = events.group_by("user_id", maintain_order=True).agg(pl.col("item_id").head(train_end)).explode("item_id")
+    training = trained.group_by("item_id").len("training")
+    counts = events.group_by("item_id").len("all").join(training, on="item_id", how="left")
+    return counts.with_columns(pl.col("all", "training").fill_null(0).cast(pl.Int64))
+
+
+def _text(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A raw column as text, by a name that the quarantine's own columns leave free."""
+    cell = pl.col(name)
+    text = pl.struct(cell).struct.json_encode() if dtype.is_nested() else cell.cast(pl.String, strict=False)
+    return text.alias(f"{name}_raw" if name in ("table", "reason") else name)

@@ -1,0 +1,105 @@
+"""Items and users: tables with one row per id, and the catalogue that gives every item its row."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from features.cells import read_id
+from features.events import number, set_aside
+from features.files import readable
+from features.schema import REASON, ROW, DataSettings, Tally, require
+from recsys.batch import FIRST_ITEM
+
+NO_CATEGORIES = pl.lit([], pl.List(pl.String))
+
+
+def read_table(
+    table: pl.LazyFrame, name: str, dtype: pl.DataType, tally: Tally, where: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """A table with one row per id `name`, the last that was given, and the raw rows set aside.
+
+    Raises DataError: a bad or repeated row and the tally is strict.
+    """
+    cell = read_id(name, table.collect_schema()[name], where)
+    with readable(where):
+        rows = number(table).with_columns(cell.value.cast(dtype).alias(name)).collect(engine="streaming")
+        reason = pl.when(cell.missing).then(pl.lit("null_id", REASON)).when(cell.wrong).then(pl.lit("wrong_type", REASON))
+        bad = number(table).select(ROW, reason=reason).filter(pl.col("reason").is_not_null()).collect(engine="streaming")
+    tally.read += len(rows)
+    aside = set_aside(table, bad, tally, where)
+    rows = rows.join(bad, on=ROW, how="anti", maintain_order="left")
+    repeated = rows.filter(~pl.col(name).is_last_distinct())
+    tally.add("repeated_row", len(repeated), repeated)
+    return rows.filter(pl.col(name).is_last_distinct()).drop(ROW), aside
+
+
+def renew(old: pl.DataFrame | None, new: pl.DataFrame, name: str, tally: Tally) -> pl.DataFrame:
+    """Rows of an earlier build with those of this one, which replace them where the id is the same."""
+    if old is None:
+        return new
+    rows = pl.concat([old, new], how="diagonal_relaxed")
+    kept = rows.unique(name, keep="last", maintain_order=True)
+    if len(kept) < len(rows):  # not a fault: a newer table states its items again
+        tally.counts["repeated_row"] = tally.counts.get("repeated_row", 0) + len(rows) - len(kept)
+    return kept
+
+
+def describe(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.DataFrame:
+    """item_id, title, text and categories of an items table. Raises DataError: a column is missing."""
+    require((*settings.text_columns, *settings.category_columns), items.columns, where)
+    title = _text(items, "title") if settings.title and "title" in items.columns else pl.lit("")
+    texts = {name: _text(items, name) for name in settings.text_columns}
+    named = [pl.when(text != "").then(pl.lit(f"{name}: ") + text) for name, text in texts.items()]
+    return items.select(
+        "item_id",
+        title=title,
+        text=pl.concat_str(named, separator="; ", ignore_nulls=True) if named else title,
+        categories=_categories(items, settings),
+    )
+
+
+def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tally) -> pl.DataFrame:
+    """Every item that is listed or has events, by row: training events descending, ties by item id.
+
+    Raises DataError: an event's item is not listed, though there is a list, and the tally is strict.
+    """
+    unknown = counts.select("item_id", title=pl.lit(None, pl.String), text=pl.lit(""), categories=NO_CATEGORIES)
+    unlisted = counts.head(0) if listed is None else counts.join(listed, on="item_id", how="anti").sort("item_id")
+    tally.settle("unknown_item", int(unlisted["all"].sum()), unlisted.select("item_id"))
+    rows = (unknown if listed is None else listed).join(counts, on="item_id", how="full", coalesce=True).sort("item_id")
+    rows = rows.with_columns(pl.col("training").fill_null(0)).sort("training", descending=True, maintain_order=True)
+    return rows.select(
+        pl.int_range(FIRST_ITEM, pl.len() + FIRST_ITEM, dtype=pl.Int32).alias("row"),
+        "item_id",
+        "title",
+        pl.col("text").fill_null(""),
+        pl.col("categories").fill_null(NO_CATEGORIES),
+        pl.col("training").alias("events"),
+    )
+
+
+def _text(items: pl.DataFrame, name: str) -> pl.Expr:
+    """A column as stripped text, empty where it has no value; a list is joined by commas."""
+    cell = pl.col(name)
+    text = cell.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True) if _is_list(items, name) else cell.cast(pl.String)
+    return text.str.strip_chars().fill_null("")
+
+
+def _categories(items: pl.DataFrame, settings: DataSettings) -> pl.Expr:
+    columns = []
+    for name in settings.category_columns:
+        if _is_list(items, name):
+            column = pl.col(name).cast(pl.List(pl.String))
+        elif settings.category_separator:
+            column = pl.col(name).cast(pl.String).str.split(settings.category_separator)
+        else:
+            column = pl.concat_list(pl.col(name).cast(pl.String))
+        columns.append(column.fill_null(NO_CATEGORIES))
+    if not columns:
+        return NO_CATEGORIES
+    value = pl.element().str.strip_chars()
+    return pl.concat_list(columns).list.eval(value.filter(value != "").unique(maintain_order=True))
+
+
+def _is_list(items: pl.DataFrame, name: str) -> bool:
+    return isinstance(items.schema[name], pl.List)

@@ -1,0 +1,320 @@
+"""The command: verbs in the order of the way of one event. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recsys import __version__
+from recsys.errors import RecsysError, RequestError
+
+if TYPE_CHECKING:
+    from recsys.config import Recipe, Settings
+
+app = typer.Typer(
+    help="An attention recommender: from an event log to users' screens.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # the plain help starts in half the time
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a .toml file.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")]
+RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="Directory of a run or of a bundle.")]
+DatasetPath = Annotated[Path, typer.Option("--dataset", help="Directory that `recsys features` made.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Where everything goes; made anew.")] = Path("demo")) -> None:
+    """Everything on the built-in world: data, training, judging, a bundle, and a top-10 you can read."""
+    from recsys.demo import run
+
+    recipe = _recipe("tiny", None)
+    run(out, recipe, recipe.resolved(_owners()))
+
+
+@app.command()
+def features(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option(help="Directory of the data set to make.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the raw logs; without it a public set is downloaded.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Join these events to the data set at --out.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A bad row is an error, not a quarantined one.")] = False,
+    settings: Overrides = None,
+) -> None:
+    """Read raw logs, set bad rows aside, and write histories: a data set.
+
+    Example: recsys features ml-1m --data ml-1m --out datasets/ml-1m
+    """
+    from features.build import build
+    from recsys.terminal import bar
+
+    with bar("events") as progress:
+        manifest = build(data, _recipe(recipe, settings), out, append=append, strict=strict, progress=progress)
+    aside = sum(manifest["rows"]["quarantined"].values())
+    typer.echo(
+        f"{out}: {manifest['users']:,} users, {manifest['items']:,} items, {manifest['events']:,} events, {aside:,} rows in quarantine"
+    )
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    dataset: DatasetPath,
+    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run there goes on.")],
+    device: Device = "auto",
+    settings: Overrides = None,
+) -> None:
+    """Train the sequence model; the same command again resumes an interrupted run.
+
+    Example: recsys train ml-1m --dataset datasets/ml-1m --out runs/ml-1m --set train.seed=1
+    """
+    from features.dataset import Dataset
+    from recsys.terminal import training_progress
+    from recsys.tracking import Tracking, TrackingSettings
+    from training.loop import choose_device
+    from training.run import train as train_run
+
+    chosen = _recipe(recipe, settings)
+    resolved = chosen.resolved(_owners())
+    data = Dataset.open(dataset)
+    with training_progress() as observe:
+        model = train_run(
+            data,
+            resolved,
+            out,
+            name=chosen.name,
+            device=choose_device(device),
+            tracking=Tracking(chosen.read(TrackingSettings)),
+            observe=observe,
+        )
+    best = model.manifest["quality"]["validation"]
+    typer.echo(f"{out}: best epoch {model.manifest['best_epoch']}, validation NDCG@10 {best['ndcg@10']:.4f}")
+
+
+@app.command()
+def evaluate(
+    path: RunOrBundle,
+    dataset: DatasetPath,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    repeats: Annotated[bool, typer.Option("--repeats", help="Items of the history may be recommended and are targets too.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Judge popularity and item-kNN beside the model.")] = True,
+    lists: Annotated[Path | None, typer.Option(help="Write the ranked lists to this Parquet file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Judge the served path: recall and NDCG over the whole catalogue, beside two baselines.
+
+    Example: recsys evaluate runs/ml-1m --dataset datasets/ml-1m --json --lists lists.parquet
+    """
+    from features.dataset import Dataset
+    from serving.engine import Recommender
+    from serving.evaluate import evaluate as judge
+
+    recommender, data = Recommender.load(path), Dataset.open(dataset)
+    report = judge(recommender, data, split=split, repeats=repeats, baselines=baselines and not json)
+    if lists is not None:
+        report.write_lists(lists)
+    if json:
+        typer.echo(json_module.dumps(report.as_dict()))
+    else:
+        from recsys.terminal import metrics_table
+
+        metrics_table(report.rows())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle to make.")],
+    dataset: Annotated[Path | None, typer.Option(help="Data set whose histories measure the index; else item vectors do.")] = None,
+    register: Annotated[bool, typer.Option(help="Register the bundle in MLflow as champion.")] = True,
+    settings: Overrides = None,
+) -> None:
+    """Make a bundle of a run: weights, item vectors and index, with the index's measured recall.
+
+    Example: recsys export runs/ml-1m --out bundles/ml-1m
+    """
+    from features.dataset import Dataset
+    from recsys.bundle import open_directory
+    from recsys.config import Recipe
+    from recsys.tracking import Tracking, TrackingSettings
+    from serving.export import export as export_run
+    from serving.index import IndexSettings
+
+    model = open_directory(run / "model").manifest
+    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings))
+    manifest = export_run(run, out, recipe.read(IndexSettings), None if dataset is None else Dataset.open(dataset))
+    version = ""
+    if register:
+        tracking = Tracking(recipe.read(TrackingSettings), model["clock"]["mlflow_run"])
+        with tracking.run(run.name):
+            version = tracking.register(out, manifest["id"])
+    registered = f", version {version} is champion" if version else ""
+    index = manifest["index"]
+    typer.echo(f"{out}: bundle {manifest['id']}, {index['kind']} index, recall@100 {index['recall@100']:.4f}{registered}")
+
+
+@app.command()
+def recommend(
+    bundle: RunOrBundle,
+    history: Annotated[list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")],
+    k: Annotated[int, typer.Option("-k", help="Items to recommend.")] = 10,
+    json: AsJson = False,
+) -> None:
+    """Recommend for one history.
+
+    Example: recsys recommend bundles/ml-1m --history "Toy Story (1995)" --history 2 -k 10
+    """
+    from recsys.terminal import top_table
+    from serving.engine import Recommender
+
+    answer = Recommender.load(bundle).answer(history, k=k)
+    if json:
+        typer.echo(json_module.dumps(answer))
+    else:
+        top_table(answer)
+
+
+@app.command()
+def explain(
+    bundle: RunOrBundle,
+    history: Annotated[list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")],
+    picture: Annotated[Path | None, typer.Option(help="Write the attention of every layer as a PNG.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show how much the last state attends to each event of a history (attention is a hint, not a proof).
+
+    Example: recsys explain bundles/ml-1m --history 1 --history 2 --picture attention.png
+    """
+    from recsys.terminal import records_table
+    from serving.engine import Recommender
+    from serving.explain import attention, draw
+
+    shares = attention(Recommender.load(bundle), history)
+    if picture is not None:
+        draw(shares, picture)
+    if json:
+        typer.echo(json_module.dumps(shares.as_dict()))
+    else:
+        records_table(shares.records())
+
+
+@app.command()
+def nightly(
+    bundle: RunOrBundle,
+    dataset: DatasetPath,
+    out: Annotated[Path, typer.Option(help="Parquet file of user_id, item_id, rank, score.")],
+    k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 100,
+) -> None:
+    """Score every user of a data set and write their lists.
+
+    Example: recsys nightly bundles/ml-1m --dataset datasets/ml-1m --out lists.parquet -k 100
+    """
+    from features.dataset import Dataset
+    from recsys.terminal import bar
+    from serving.engine import Recommender
+    from serving.nightly import nightly as score_all
+
+    with bar("users") as progress:
+        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k=k, progress=progress)
+    typer.echo(f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second")
+
+
+@app.command()
+def serve(
+    bundle: BundlePath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+) -> None:
+    """Answer top-k over HTTP: POST /v1/recommend, GET /health, /ready, and /docs for the rest."""
+    from serving.app import serve as run_server
+
+    run_server(bundle, host, port)
+
+
+@app.command()
+def bundles(settings: Overrides = None, json: AsJson = False) -> None:
+    """List the registered bundles, newest first; the champion is the live one."""
+    from recsys.config import Recipe
+    from recsys.terminal import records_table
+    from recsys.tracking import Tracking, TrackingSettings
+
+    versions = Tracking(Recipe("bundles", _merge({}, settings)).read(TrackingSettings)).versions()
+    if json:
+        typer.echo(json_module.dumps(versions))
+    else:
+        records_table(versions)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and devices, and whether torch, fbgemm, torchrec and faiss fit together, with the fix if not."""
+    from recsys.doctor import diagnose, render
+
+    findings = diagnose()
+    typer.echo(render(findings))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _start(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _recipe(name: str, overrides: list[str] | None) -> Recipe:
+    from recsys.config import load_recipe
+
+    recipe = load_recipe(name, Path(__file__).parents[1] / "training" / "recipes", overrides or ())
+    recipe.resolved(_owners())
+    return recipe
+
+
+def _owners() -> list[type[Settings]]:
+    from features.schema import DataSettings
+    from features.split import SplitSettings
+    from features.synthetic import SyntheticSettings
+    from recsys.model import ModelSettings
+    from recsys.tracking import TrackingSettings
+    from serving.index import IndexSettings
+    from training.loop import TrainSettings
+
+    return [DataSettings, SyntheticSettings, SplitSettings, ModelSettings, TrainSettings, IndexSettings, TrackingSettings]
+
+
+def _merge(sections: dict[str, dict[str, Any]], overrides: list[str] | None) -> dict[str, dict[str, Any]]:
+    from recsys.config import override
+
+    return override(sections, overrides or ())
+
+
+def main() -> None:
+    """Run the command: the user's mistakes leave one line and exit code 2, our own a traceback and 1."""
+    try:
+        app()
+    except RecsysError as error:
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _complain(message: str) -> int:
+    print(f"recsys: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

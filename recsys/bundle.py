@@ -1,0 +1,134 @@
+"""Directories that are published whole or not at all: data sets, runs and bundles, each file with its SHA-256."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys.errors import BundleError, RecsysError
+
+FORMAT = 1
+"""Version of the layout; a reader refuses any other."""
+MANIFEST = "manifest.json"
+
+Writer = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A published directory whose files are as its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, Any], name: str = MANIFEST) -> Directory:
+    """Write every file and the manifest `name` beside `path`, flush them to disk, then rename; an older `path` is replaced.
+
+    A reader sees the old directory or the new one, never a part. Raises RecsysError: `path` exists and is no published
+    directory, or cannot be written.
+    """
+    path = path.absolute()
+    if path.exists() and not (path / name).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise RecsysError(f"{path}: exists and holds no {name}, so it is not replaced; give another place")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise RecsysError(f"{path}: cannot be written ({error.strerror}); give another place") from None
+    try:
+        temporary.chmod(0o755)
+        for file, write in writers.items():
+            write(temporary / file)
+        files = {file: {"sha256": sha256(temporary / file), "bytes": (temporary / file).stat().st_size} for file in writers}
+        content = {"format": FORMAT, **manifest, "files": files, "hash": _hash(files)}
+        (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file in (*writers, name):
+            _flush(temporary / file)
+        _flush(temporary)
+        _replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Directory(path, content)
+
+
+def open_directory(path: Path, verify: bool = True, name: str = MANIFEST, error: type[RecsysError] = BundleError) -> Directory:
+    """Read the manifest and, with `verify`, check the size and SHA-256 of every file.
+
+    Raises `error`: no manifest, another format, or a file that is missing or altered.
+    """
+    if not (path / name).is_file():
+        raise error(f"{path}: no {name} there; give a directory that this command wrote")
+    try:
+        manifest = json.loads((path / name).read_text(encoding="utf-8"))
+        found, files = manifest["format"], dict(manifest["files"])
+    except (ValueError, KeyError, TypeError, OSError):
+        raise error(f"{path / name}: cannot be read as a manifest; write the directory again") from None
+    if found != FORMAT:
+        raise error(f"{path}: format {found!r}, this version reads {FORMAT}; write it again with this version")
+    for file, wanted in files.items():
+        part = path / file
+        if not part.is_file():
+            raise error(f"{part}: named in {name} and missing; restore the file or write the directory again")
+        if verify and (part.stat().st_size != wanted["bytes"] or sha256(part) != wanted["sha256"]):
+            raise error(f"{part}: is not the file that was written (SHA-256 differs); restore it or write the directory again")
+    if verify and manifest.get("hash") != _hash(files):
+        raise error(f"{path / name}: its own hash differs; restore it or write the directory again")
+    return Directory(path, manifest)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace one file atomically, flushed to disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{file} {files[file]['sha256']}\n" for file in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`, in one step where the system can exchange two names; then delete the old."""
+    if not path.exists():
+        os.rename(new, path)
+    elif _exchange(new, path):
+        shutil.rmtree(new)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        os.rename(path, aside / path.name)
+        os.rename(new, path)
+        shutil.rmtree(aside)
+    _flush(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux renameat2); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(-100, bytes(one), -100, bytes(other), 2) == 0  # AT_FDCWD twice, RENAME_EXCHANGE
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""Settings and recipes: one TOML file, one section per owner; default < recipe < `--set section.key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from recsys.errors import RecipeError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings:
+    """Base of every section: a frozen dataclass that names its section and refuses unknown keys.
+
+    Checked by pydantic where a recipe enters; the classes themselves need the standard library alone, so that the model
+    can be rebuilt where only torch is installed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    section: ClassVar[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named set of sections, not yet given to their owners."""
+
+    name: str
+    sections: Mapping[str, Mapping[str, Any]]
+
+    def read(self, owner: type[S]) -> S:
+        """The owner's settings, checked.
+
+        Raises RecipeError: an unknown key (the nearest is named) or a value of the wrong type or range.
+        """
+        values = self.sections.get(owner.section, {})
+        known = [field.name for field in dataclasses.fields(owner)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"recipe {self.name}: unknown key {owner.section}.{key}{_nearest(key, known)}")
+        import pydantic
+
+        try:
+            return _adapter(owner).validate_json(json.dumps(values, default=str))  # JSON: strict types, yet lists may be tuples
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in (owner.section, *first["loc"]))
+            found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
+            raise RecipeError(f"recipe {self.name}: {where}: {first['msg']}{found}") from None
+
+    def resolved(self, owners: Iterable[type[Settings]]) -> dict[str, dict[str, Any]]:
+        """Every section with every value filled in, as it goes into runs and bundles.
+
+        Raises RecipeError: as `read`, and for a section that no owner has.
+        """
+        owners = list(owners)
+        known = [owner.section for owner in owners]
+        for section in self.sections:
+            if section not in known:
+                raise RecipeError(f"recipe {self.name}: unknown section [{section}]{_nearest(section, known)}")
+        return {owner.section: self.read(owner).as_dict() for owner in owners}
+
+
+def load_recipe(name_or_path: str, folder: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by path, or by name from `folder`, and apply `section.key=value` overrides.
+
+    Raises RecipeError: no such recipe, not TOML, or an override that is not `section.key=value`.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = folder / f"{name_or_path}.toml"
+    if not path.is_file():
+        names = sorted(found.stem for found in folder.glob("*.toml"))
+        raise RecipeError(f"no recipe {name_or_path!r}: give a .toml file or one of {', '.join(names)}")
+    try:
+        sections: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file: {error}") from None
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: {section!r} stands outside a section; put it under [section]")
+    return Recipe(path.stem, override(sections, overrides))
+
+
+def override(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The sections with every `section.key=value` applied. Raises RecipeError: one is not of that form."""
+    changed = {section: dict(values) for section, values in sections.items()}
+    for text in overrides:
+        place, equals, value = text.partition("=")
+        section, dot, key = place.strip().partition(".")
+        if not (equals and dot and key):
+            raise RecipeError(f"--set {text!r}: write section.key=value")
+        changed.setdefault(section, {})[key] = _value(value.strip())
+    return changed
+
+
+@functools.cache
+def _adapter(owner: type[S]) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(owner)
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (so that names need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

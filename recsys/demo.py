@@ -1,0 +1,80 @@
+"""The demo: the whole way of one event on the built-in world, whose best possible list is known."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from features.build import build
+from features.dataset import Dataset
+from features.synthetic import World, best_possible, write
+from features.world import SyntheticSettings
+from recsys import terminal
+from recsys.config import Recipe
+from recsys.errors import RecsysError
+from recsys.tracking import Tracking, TrackingSettings
+from serving.engine import Recommender
+from serving.evaluate import evaluate
+from serving.export import export
+from serving.index import IndexSettings
+from training.loop import choose_device
+from training.run import train
+
+MARK = ".recsys-demo"
+"""File by which a folder is known as an earlier demo's, which may be made anew."""
+
+
+def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> None:
+    """Make `out` anew: raw logs, data set, run, bundle and MLflow store; then show the figures and one user's top-10.
+
+    Raises RecsysError: `out` holds something else.
+    """
+    if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise RecsysError(f"{out}: exists and is no earlier demo; give another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+    with terminal.steps("demo") as tell:
+        tell("a world of made-up users and items, whose law is known")
+        world = write(recipe.read(SyntheticSettings), out / "raw")
+        tell("features: raw logs to histories")
+        build(out / "raw", recipe, out / "dataset")
+    dataset = Dataset.open(out / "dataset")
+    tracking = Tracking(TrackingSettings(uri=f"sqlite:///{(out / 'mlflow.db').absolute()}"))
+    with terminal.training_progress() as observe:
+        train(dataset, resolved, out / "run", name=recipe.name, device=choose_device("auto"), tracking=tracking, observe=observe)
+    with terminal.steps("demo") as tell:
+        tell("export: weights, item vectors and index to a bundle")
+        manifest = export(out / "run", out / "bundle", recipe.read(IndexSettings), dataset)
+        with tracking.run("demo"):
+            tracking.register(out / "bundle", manifest["id"])
+        tell("evaluate: the last event of every user, ranked among all items")
+        recommender = Recommender.load(out / "bundle")
+        report = evaluate(recommender, dataset, baselines=True)
+    names = ("recall@10", "ndcg@10")
+    rows = [(label, {name: figures[name] for name in names}) for label, figures in report.rows()]
+    rows.append(("best possible", _best_possible(world, dataset)))
+    terminal.metrics_table(rows, title="Every user's last event, ranked among all items they have not seen")
+    _show_one_user(recommender, dataset)
+
+
+def _best_possible(world: World, dataset: Dataset) -> dict[str, float]:
+    sequences, item_ids = dataset.sequences, dataset.items["item_id"]
+    first = dataset.items["row"][0]
+    _, ends, last = (part.tolist() for part in sequences.windows("test"))
+    starts = sequences.offsets.tolist()
+    events = item_ids.gather((sequences.items - first).tolist()).to_list()
+    judged = [user for user in range(sequences.users) if starts[user] < ends[user] < last[user]]
+    best = best_possible(world, [events[starts[u] : ends[u]] for u in judged], [events[ends[u]] for u in judged])
+    return {name: best[name] for name in ("recall@10", "ndcg@10")}
+
+
+def _show_one_user(recommender: Recommender, dataset: Dataset) -> None:
+    sequences, titles = dataset.sequences, dataset.titles
+    first = dataset.items["row"][0]
+    user = int((sequences.offsets.diff() - 20).abs().argmin())  # a history that fits on a screen
+    start, end = int(sequences.offsets[user]), int(sequences.offsets[user + 1])
+    rows = [int(row) - first for row in sequences.items[start:end]]
+    ids = dataset.items["item_id"]
+    print(f"\nUser {dataset.user_ids[user]} has seen, last of all: {' · '.join(titles[row] for row in rows[-8:])}")
+    terminal.top_table(recommender.answer([str(ids[row]) for row in rows], k=10))

@@ -1,0 +1,127 @@
+"""What the command shows: progress bars on a terminal, plain lines in a log, tables, never both of a thing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.loop import Observation
+
+
+def interactive() -> bool:
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def steps(verb: str) -> Iterator[Callable[[str], None]]:
+    """Tell the stages of a job whose length is unknown: a spinner, or a line each."""
+    if not interactive():
+        yield lambda stage: print(f"{verb}: {stage}", file=sys.stderr)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(verb) as status:
+        yield lambda stage: status.update(f"{verb}: {stage}")
+
+
+@contextmanager
+def bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Tell (what is done, done, of how many): a bar for each kind of work with its time left, or a line at every tenth."""
+    if not interactive():
+        told: dict[str, int] = {}
+
+        def line(what: str, done: int, of: int) -> None:
+            tenth = 10 * done // max(of, 1)
+            if tenth > told.get(what, -1):
+                told[what] = tenth
+                _print(f"{what}: {done:,} of {of:,} {unit}")
+
+        yield line
+        return
+    with _rich_bar(unit) as progress:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of)
+            progress.update(tasks[what], completed=done, total=of)
+
+        yield advance
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Observation], None]]:
+    """A bar over each epoch's steps on a terminal; a line for every validation everywhere."""
+    with _rich_bar("steps") if interactive() else _nothing() as progress:
+        task = progress.add_task("training", total=None) if progress else None
+
+        def observe(seen: Observation) -> None:
+            if seen.validation:
+                figures = " ".join(f"{name} {value:.4f}" for name, value in seen.validation.items() if name.endswith("@10"))
+                star = " *" if seen.best else ""
+                text = f"epoch {seen.epoch}: loss {seen.loss:.4f}, validation {figures}, {seen.seconds:.1f} s{star}"
+                (progress.console.print if progress else _print)(text)
+            elif progress:
+                text = f"epoch {seen.epoch} · loss {seen.loss:.4f}"
+                progress.update(task, completed=seen.step, total=seen.steps, description=text)
+
+        yield observe
+
+
+def metrics_table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str = "") -> None:
+    """One line a model, one column a metric; the best of each column is bold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(rows[0][1])
+    table = Table(title=title or None)
+    table.add_column("")
+    best = {name: max(figures.get(name, 0.0) for _, figures in rows) for name in names}
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, figures in rows:
+        cells = []
+        for name in names:
+            text = f"{figures[name]:.4f}" if name in figures else "–"
+            cells.append(f"[bold]{text}[/bold]" if figures.get(name) == best[name] else text)
+        table.add_row(label, *cells)
+    Console().print(table)
+
+
+def top_table(answer: Mapping[str, Any]) -> None:
+    """The items of an answer, best first."""
+    items = [{key: item[key] for key in ("rank", "item_id", "title", "score")} for item in answer["items"]]
+    records_table(items, title=f"bundle {answer['bundle']}, source: {answer['source']}")
+
+
+def records_table(records: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """A table of records with equal keys; numbers stand on the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None)
+    for key, value in (records[0] if records else {}).items():
+        table.add_column(key, justify="right" if isinstance(value, int | float) else "left")
+    for record in records:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in record.values()))
+    Console().print(table)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None
+
+
+def _rich_bar(unit: str) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,147 @@
+"""The one door to MLflow: settings, curves, the data set with its hash, system metrics, reports, and the bundle registry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from recsys.config import Settings
+from recsys.errors import SetupError
+
+OFF = "off"
+CHAMPION = "champion"
+"""Alias of the version that is live."""
+
+
+@dataclass(frozen=True)
+class TrackingSettings(Settings):
+    """Where runs and bundles are recorded."""
+
+    section: ClassVar[str] = "tracking"
+
+    uri: str = ""
+    """MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else mlflow.db (SQLite) in the working directory; "off": none."""
+    experiment: str = "recsys"
+    """MLflow experiment of the runs."""
+    model: str = "recsys"
+    """Registered model whose versions are the bundles."""
+
+
+class Tracking:
+    """One MLflow run, or nothing where tracking is off."""
+
+    def __init__(self, settings: TrackingSettings, run_id: str = "") -> None:
+        self.settings, self.run_id = settings, run_id
+        self.uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+    @property
+    def on(self) -> bool:
+        return self.uri != OFF
+
+    @contextmanager
+    def run(self, name: str) -> Iterator[Tracking]:
+        """Start the run, or go on with it; it ends as finished, or as failed when an exception leaves the block."""
+        if not self.on:
+            yield self
+            return
+        mlflow = self._mlflow()
+        with mlflow.start_run(run_id=self.run_id or None, run_name=name, log_system_metrics=True) as active:
+            self.run_id = active.info.run_id
+            yield self
+
+    def settings_of(self, recipe: Mapping[str, Mapping[str, Any]]) -> None:
+        """Every setting as a parameter `section.key`; a resumed run's are already there."""
+        if self.on:
+            flat = {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+            self._mlflow().log_params(flat)
+
+    def dataset(self, name: str, digest: str, source: str, profile: str) -> None:
+        """The data set with its hash."""
+        if self.on:
+            mlflow = self._mlflow()
+            entity = mlflow.entities.Dataset(name, digest[:36], "local", source, profile=profile)
+            mlflow.MlflowClient().log_inputs(self.run_id, [mlflow.entities.DatasetInput(entity, [])])
+            mlflow.set_tag("dataset.sha256", digest)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Numbers, at an epoch; MLflow's names have no @, so `ndcg@10` is recorded as `ndcg_at_10`."""
+        if self.on:
+            named = {name.replace("@", "_at_"): value for name, value in values.items()}
+            self._mlflow().log_metrics(named, step=step, run_id=self.run_id)
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """A file or folder, as an artifact of the run."""
+        if self.on:
+            client = self._mlflow().MlflowClient()
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(self.run_id, str(path), folder or None)
+
+    def register(self, bundle: Path, identity: str, alias: str = CHAMPION) -> str:
+        """Record a bundle as the next version of the registered model and move the alias to it; the version's number."""
+        if not self.on:
+            return ""
+        mlflow = self._mlflow()
+        client = mlflow.MlflowClient()
+        name = self.settings.model
+        if not client.search_registered_models(filter_string=f"name = '{name}'"):
+            client.create_registered_model(name, description="bundles of the attention recommender")
+        folder = f"bundles/{identity}"
+        self.file(bundle, folder)
+        source = f"{client.get_run(self.run_id).info.artifact_uri}/{folder}"
+        version = client.create_model_version(name, source, run_id=self.run_id, tags={"bundle": identity})
+        client.set_registered_model_alias(name, alias, version.version)
+        return str(version.version)
+
+    def versions(self) -> list[dict[str, Any]]:
+        """The registered bundles, newest first: version, bundle, aliases, created (UTC), run, source."""
+        if not self.on:
+            return []
+        client = self._mlflow().MlflowClient()
+        found = client.search_model_versions(f"name = '{self.settings.model}'")
+        aliases = client.get_registered_model(self.settings.model).aliases if found else {}
+        return [
+            {
+                "version": int(version.version),
+                "bundle": version.tags.get("bundle", ""),
+                "aliases": ", ".join(sorted(alias for alias, number in aliases.items() if number == version.version)),
+                "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+                "run": version.run_id,
+                "source": version.source,
+            }
+            for version in sorted(found, key=lambda version: -int(version.version))
+        ]
+
+    def _mlflow(self) -> Any:
+        for chatty in ("alembic", "mlflow"):  # a new database reports every migration, a run its monitor's start and stop
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        try:
+            import mlflow
+        except ImportError as error:
+            raise SetupError(f"mlflow does not load ({error}); run `recsys doctor`, or set tracking.uri=off") from None
+        if mlflow.get_tracking_uri() != self.uri or self.uri not in _READY:
+            mlflow.set_tracking_uri(self.uri)
+            try:
+                self._choose_experiment(mlflow)
+            except Exception as error:  # each store raises its own kinds
+                line = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise SetupError(f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off") from None
+            _READY.add(self.uri)
+        return mlflow
+
+    def _choose_experiment(self, mlflow: Any) -> None:
+        """Artifacts of a SQLite store lie beside the database, wherever the command was started."""
+        client, name = mlflow.MlflowClient(), self.settings.experiment
+        if client.get_experiment_by_name(name) is None:
+            database = self.uri.removeprefix("sqlite:///")
+            beside = None if database == self.uri else (Path(database).absolute().parent / "mlartifacts").as_uri()
+            client.create_experiment(name, artifact_location=beside)
+        mlflow.set_experiment(name)
+
+
+_READY: set[str] = set()

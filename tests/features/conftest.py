@@ -1,0 +1,55 @@
+"""What the tests of data sets share: writing raw tables and building from them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from features.build import build
+from features.dataset import Dataset
+from recsys.config import Recipe
+
+NOW = 2_000_000_000
+"""Seconds; the tests' clock."""
+
+Build = Callable[..., Dataset]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder; unlike tmp_path it may be made anew by `mkdtemp` within one test."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+@pytest.fixture(scope="session")
+def build_in() -> Build:
+    """build_in(folder, events, items=…, users=…, append=…, strict=…, **sections) → Dataset, in folder/"out"."""
+
+    def run(
+        folder: Path,
+        *events: pl.DataFrame,
+        items: pl.DataFrame | None = None,
+        users: pl.DataFrame | None = None,
+        append: bool = False,
+        strict: bool = False,
+        suffix: str = ".parquet",
+        split: dict[str, Any] | None = None,
+        **data: Any,
+    ) -> Dataset:
+        raw = Path(tempfile.mkdtemp(dir=folder))
+        tables = {f"events-{part}": table for part, table in enumerate(events)} | {"items": items, "users": users}
+        for name, table in tables.items():
+            if table is not None:
+                write = {".parquet": table.write_parquet, ".csv": table.write_csv, ".jsonl": table.write_ndjson}[suffix]
+                write(raw / f"{name}{suffix}")
+        recipe = Recipe("test", {"data": {"now": NOW, **data}, "split": split or {}})
+        build(raw, recipe, folder / "out", append=append, strict=strict)
+        return Dataset.open(folder / "out")
+
+    return run

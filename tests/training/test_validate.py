@@ -1,0 +1,36 @@
+"""Exact validation against a slow, plain reading of the protocol."""
+
+import math
+
+import torch
+
+from recsys.batch import FIRST_ITEM, Batch, Sequences
+from recsys.model import ModelSettings, SequenceModel
+from training.validate import validate
+
+
+def test_validation_is_the_protocol_read_plainly():
+    generator, items = torch.Generator().manual_seed(0), 31
+    lengths = torch.randint(1, 13, (47,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rows = torch.randint(FIRST_ITEM, FIRST_ITEM + items + 4, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+    train = (lengths.double() * 0.5).long()  # some users have no history
+    sequences = Sequences(rows, torch.zeros(len(rows), dtype=torch.int64), offsets, train, (train + 3).minimum(lengths))
+    model = SequenceModel(ModelSettings(embedding_size=8, length=5, hidden_size=7), items).initialise(generator)
+    recalls, gains = [], []
+    for user in range(47):
+        events = rows[offsets[user] : offsets[user + 1]].tolist()
+        history, future = events[: train[user]], events[train[user] : int(sequences.validation_end[user])]
+        wanted = set(future) - set(history)
+        if not history or not wanted:
+            continue
+        scores = (model.encode(Batch.of([history])) @ model.item_vectors().T)[0].tolist()
+        allowed = [row for row in range(FIRST_ITEM, FIRST_ITEM + items) if row not in history]
+        top = sorted(allowed, key=lambda row, scores=scores: (-scores[row - FIRST_ITEM], row))[:10]
+        possible = min(10, len(wanted))
+        recalls.append(len(wanted & set(top)) / possible)
+        ideal = sum(1 / math.log2(rank + 1) for rank in range(1, possible + 1))
+        gains.append(sum(1 / math.log2(rank + 1) for rank, row in enumerate(top, 1) if row in wanted) / ideal)
+    found = validate(model, sequences)
+    assert math.isclose(found["recall@10"], sum(recalls) / len(recalls), abs_tol=1e-9)
+    assert math.isclose(found["ndcg@10"], sum(gains) / len(gains), abs_tol=1e-9)

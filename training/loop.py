@@ -1,0 +1,242 @@
+"""The one training loop: batches in, the best weights by validation NDCG@10 out; needs torch alone."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from recsys.batch import Sequences
+from recsys.bundle import write_file
+from recsys.config import Settings
+from recsys.errors import DataError, RecsysError, SetupError
+from recsys.model import ModelSettings, SequenceModel
+from training.data import EpochBatches, TrainingBatch
+from training.losses import LOSSES
+from training.optimizer import adamw, rate_at
+from training.validate import validate
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """How the weights are learnt."""
+
+    section: ClassVar[str] = "train"
+
+    epochs: int = 50
+    """Most passes over the training histories; the learning rate falls to a hundredth by the last."""
+    patience: int = 5
+    """Validations without a better NDCG@10 after which training stops."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    batch_tokens: int = 12_800
+    """Padded events in a batch."""
+    loss: str = "sampled_softmax"
+    """softmax or sampled_softmax."""
+    negatives: int = 512
+    """Negatives drawn a batch, shared by its targets; read by sampled_softmax."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, per step."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decay of the blocks' matrices, per unit of rate."""
+    precision: str = "auto"
+    """Arithmetic of the forward pass: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it."""
+    seed: int = 0
+    """Decides the initial weights, the order of batches, negatives and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "validate_every", "batch_tokens", "negatives"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, found {self.learning_rate}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("warmup_steps and weight_decay must not be negative")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, found {self.loss!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the loop tells its observer: after every step and, with `validation`, after every validation."""
+
+    epoch: int
+    step: int
+    """Steps done in this epoch."""
+    steps: int
+    """Steps of this epoch."""
+    loss: float
+    """Mean over the epoch's targets so far."""
+    learning_rate: float
+    seconds: float
+    """Spent in this epoch's steps by this process."""
+    validation: dict[str, float] = field(default_factory=dict)
+    best: bool = False
+
+
+@dataclass
+class State:
+    """All that decides the rest of a training; saved as a checkpoint and restored from it."""
+
+    model: SequenceModel
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    steps: int = 0
+    """Steps done in all."""
+    steps_planned: int = 0
+    loss_sum: float = 0.0
+    targets: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    since_best: int = 0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """One entry a validation: epoch, loss and the validation figures."""
+
+    _PLAIN: ClassVar = ("epoch", "step", "steps", "steps_planned", "loss_sum", "targets", "best", "best_epoch", "since_best", "curve")
+
+    def save(self, path: Path, key: str) -> None:
+        """Write a checkpoint atomically; `key` names the recipe and data that it belongs to."""
+        content = io.BytesIO()
+        torch.save(
+            {
+                "key": key,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(),
+                "best_weights": self.best_weights,
+                **{name: getattr(self, name) for name in self._PLAIN},
+            },
+            content,
+        )
+        write_file(path, content.getvalue())
+
+    def restore(self, path: Path, key: str) -> None:
+        """Go on where a checkpoint stood. Raises RecsysError: it belongs to another recipe or data set, or is broken."""
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds; all mean the same to the user
+            raise RecsysError(f"{path}: cannot be read ({type(error).__name__}); delete it to train from the start") from None
+        if saved["key"] != key:
+            raise RecsysError(f"{path}: belongs to another recipe or data set; give another run directory or delete this one")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"])
+        self.best_weights = saved["best_weights"]
+        for name in self._PLAIN:
+            setattr(self, name, saved[name])
+
+
+def fit(
+    sequences: Sequences,
+    items: int,
+    model_settings: ModelSettings,
+    settings: TrainSettings,
+    *,
+    device: torch.device | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
+    checkpoint_seconds: float = 60.0,
+    observe: Callable[[Observation], None] = lambda observation: None,
+) -> State:
+    """Train until `epochs` or until patience ends; the returned state's model holds the best validation weights.
+
+    `items` is the count of items with training events. Where `checkpoint` exists, training goes on from it and ends with
+    the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
+    """
+    device = device or torch.device("cpu")
+    state = _begin(items, model_settings, settings, device)
+    if checkpoint is not None and checkpoint.exists():
+        state.restore(checkpoint, key)
+    saved_at = time.monotonic()
+
+    def save(due: bool) -> None:
+        nonlocal saved_at
+        if checkpoint is not None and (due or time.monotonic() - saved_at >= checkpoint_seconds):
+            state.save(checkpoint, key)
+            saved_at = time.monotonic()
+
+    while state.epoch < settings.epochs and state.since_best < settings.patience:
+        batches = EpochBatches(sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch)
+        if not len(batches):
+            raise DataError("no user has two training events, so there is nothing to learn; give more events or another [split]")
+        state.steps_planned = state.steps_planned or len(batches) * settings.epochs
+        started = time.monotonic()
+
+        def tell(validation: dict[str, float], best: bool, batches: EpochBatches = batches, started: float = started) -> None:
+            rate, mean = state.optimizer.param_groups[0]["lr"], state.loss_sum / state.targets
+            seconds = time.monotonic() - started
+            observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
+
+        for batch in batches.starting_at(state.step):
+            _learn(state, batch.to(device), settings)
+            tell({}, False)
+            save(due=False)
+        if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
+            figures = validate(state.model, sequences)
+            better = figures["ndcg@10"] > state.best
+            if better:
+                state.best, state.best_epoch = figures["ndcg@10"], state.epoch + 1
+                state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
+            state.since_best = 0 if better else state.since_best + 1
+            state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / state.targets, **figures})
+            tell(figures, better)
+        state.epoch, state.step, state.loss_sum, state.targets = state.epoch + 1, 0, 0.0, 0
+        save(due=True)
+    state.model.load_state_dict(state.best_weights)
+    return state
+
+
+def _begin(items: int, model_settings: ModelSettings, settings: TrainSettings, device: torch.device) -> State:
+    model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
+    generator = torch.Generator(device).manual_seed(settings.seed + 1)
+    return State(model, adamw(model, settings.learning_rate, settings.weight_decay), generator)
+
+
+def _learn(state: State, batch: TrainingBatch, settings: TrainSettings) -> None:
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate_at(state.steps, state.steps_planned, settings.warmup_steps, settings.learning_rate)
+    with _precision(settings.precision, batch.targets.device):
+        states_BTE = state.model(batch.history, state.generator)
+    states_NE = states_BTE[batch.history.mask(states_BTE.shape[1])].float()
+    loss = LOSSES[settings.loss](state.model, states_NE, batch.targets, settings.negatives, state.generator)
+    if not torch.isfinite(loss):
+        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower train.learning_rate (it is {settings.learning_rate})")
+    loss.backward()  # type: ignore[no-untyped-call]
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    count = len(batch.targets)
+    state.loss_sum, state.targets = state.loss_sum + loss.item() * count, state.targets + count
+    state.step, state.steps = state.step + 1, state.steps + 1
+
+
+def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises SetupError: the named device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise SetupError(f"device {name!r} is not there; use cpu or auto, or run `recsys doctor`") from None
+    return torch.device(name)

@@ -1,0 +1,132 @@
+"""A training from data set to run directory: settings, checkpoint, learning curve, and the model that serving reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from features.dataset import Dataset
+from recsys.bundle import MANIFEST, Directory, open_directory, write_file
+from recsys.bundle import publish as publish_directory
+from recsys.config import Settings
+from recsys.errors import RecsysError
+from recsys.model import WEIGHTS, ModelSettings
+from recsys.tracking import Tracking
+from training.loop import Observation, State, TrainSettings, fit
+
+MODEL = "model"
+CHECKPOINT = "checkpoint.pt"
+CURVE = "curve.jsonl"
+RUN = "run.json"
+ITEMS = "items.parquet"
+
+Recipe = Mapping[str, Mapping[str, Any]]
+
+
+def train(
+    dataset: Dataset,
+    recipe: Recipe,
+    out: Path,
+    *,
+    name: str,
+    device: torch.device,
+    tracking: Tracking,
+    observe: Callable[[Observation], None] = lambda observation: None,
+) -> Directory:
+    """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
+
+    A finished run is opened, not trained again. Raises RecsysError: `out` holds a run of another recipe or data set.
+    """
+    digest = dataset.manifest["hash"]
+    key = run_key(recipe, digest)
+    if _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file():
+        return open_directory(out / MODEL)
+    with tracking.run(out.name):
+        tracking.settings_of(recipe)
+        tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
+        write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "mlflow_run": tracking.run_id}, indent=1).encode())
+        started = time.monotonic()
+
+        def watch(observation: Observation) -> None:
+            if observation.validation:
+                figures = {f"validation_{name}": value for name, value in observation.validation.items()}
+                curve = {"loss": observation.loss, "learning_rate": observation.learning_rate, "epoch_seconds": observation.seconds}
+                tracking.metrics({**curve, **figures}, observation.epoch)
+            observe(observation)
+
+        state = fit(
+            dataset.sequences,
+            dataset.manifest["warm_items"],
+            ModelSettings(**recipe[ModelSettings.section]),
+            TrainSettings(**recipe[TrainSettings.section]),
+            device=device,
+            checkpoint=out / CHECKPOINT,
+            key=key,
+            observe=watch,
+        )
+        write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in state.curve).encode())
+        model = _publish(out, state, dataset, recipe, name, tracking.run_id, time.monotonic() - started)
+        for file in (out / CURVE, out / MODEL / MANIFEST):
+            tracking.file(file)
+    (out / CHECKPOINT).unlink()
+    return model
+
+
+def run_key(recipe: Recipe, digest: str) -> str:
+    """What decides a run's weights: the model and train sections and the data set's hash."""
+    decisive = {owner.section: recipe[owner.section] for owner in _DECISIVE}
+    return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
+
+
+_DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings)
+
+
+def _begun(out: Path, key: str, tracking: Tracking) -> bool:
+    """Whether `out` holds this very run; takes up its MLflow run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another place for the run") from None
+    if not (out / RUN).is_file():
+        if any(out.iterdir()):
+            raise RecsysError(f"{out}: holds other files and no run; give another place for the run")
+        return False
+    found = json.loads((out / RUN).read_text(encoding="utf-8"))
+    if found["key"] != key:
+        raise RecsysError(f"{out}: holds a run of another recipe or data set; give another place, or delete it")
+    tracking.run_id = found["mlflow_run"]
+    return True
+
+
+def _publish(out: Path, state: State, dataset: Dataset, recipe: Recipe, name: str, run_id: str, seconds: float) -> Directory:
+    best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
+    weights = {key: value.contiguous().cpu() for key, value in state.model.state_dict().items()}
+    manifest = {
+        "kind": "model",
+        "name": name,
+        "recipe": recipe,
+        "items": state.model.items,
+        "dataset": {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")},
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "best_epoch": state.best_epoch,
+        "quality": {"validation": {key: best[key] for key in best if "@" in key}},
+        "clock": {"created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1), "mlflow_run": run_id},
+    }
+    writers = {
+        WEIGHTS: lambda path: save_file(weights, path),
+        ITEMS: lambda path: _copy(dataset.path / ITEMS, path),
+    }
+    return publish_directory(out / MODEL, writers, manifest)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
