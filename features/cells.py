@@ -10,7 +10,7 @@ import polars as pl
 from recsys.errors import DataError
 
 TEXTS = (pl.String, pl.Categorical, pl.Enum)
-ISO_FORMS = ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M")
+ISO_FORMS = ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z")
 
 
 @dataclass(frozen=True)

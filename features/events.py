@@ -32,26 +32,25 @@ def judge(events: pl.LazyFrame, settings: DataSettings, ids: dict[str, pl.DataTy
     Raises DataError: a column of a type that cannot be read.
     """
     raw = events.collect_schema()
-    user_id, item_id = (read_id(name, raw[name], where) for name in ids)
-    time = read_time("timestamp", raw["timestamp"], settings.time_unit, where)
-    order = read_order("order", raw["order"], where) if "order" in raw else None
-    cells = [user_id, item_id, time] + ([order] if order else [])
+    cells = {name: read_id(name, raw[name], where) for name in ids}
+    cells["timestamp"] = read_time("timestamp", raw["timestamp"], settings.time_unit, where)
+    if "order" in raw:
+        cells["order"] = read_order("order", raw["order"], where)
+    missing = {name: f"no {name}" for name in cells}
+    read = number(events).select(  # a step of its own, so that a cell is read once and not in every condition
+        ROW,
+        *(cell.value.cast(ids.get(name, pl.Int64())).alias(name) for name, cell in cells.items()),
+        *(cell.missing.alias(missing[name]) for name, cell in cells.items()),
+    )
     conditions = {
-        "null_id": user_id.missing | item_id.missing,
-        "wrong_type": pl.any_horizontal(cell.wrong for cell in cells),
-        **({"missing_order": order.missing} if order else {"missing_time": time.missing}),
-        "negative_time": time.value < 0,
-        "future_time": time.value > now,
+        "null_id": pl.any_horizontal(missing[name] for name in ids),
+        "wrong_type": pl.any_horizontal(pl.col(name).is_null() & ~pl.col(missing[name]) for name in cells),
+        **({"missing_order": pl.col(missing["order"])} if "order" in cells else {"missing_time": pl.col(missing["timestamp"])}),
+        "negative_time": pl.col("timestamp") < 0,
+        "future_time": pl.col("timestamp") > now,
     }
     reasons = [pl.when(condition).then(pl.lit(reason, REASON)) for reason, condition in conditions.items()]
-    return number(events).select(
-        ROW,
-        user_id.value.cast(ids["user_id"]).alias("user_id"),
-        item_id.value.cast(ids["item_id"]).alias("item_id"),
-        time.value.alias("timestamp"),
-        *([order.value.alias("order")] if order else []),
-        reason=pl.coalesce(*reasons, NOT_BAD),
-    )
+    return read.select(ROW, *cells, reason=pl.coalesce(*reasons, NOT_BAD))
 
 
 def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, path: Path, tally: Tally, where: str) -> pl.DataFrame:
@@ -62,8 +61,8 @@ def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, path: Path, tally:
     rows = [judged]
     if earlier is not None:
         events = earlier.select(pl.len()).collect().item()
-        kinds = {name: judged.collect_schema()[name] for name in ("user_id", "item_id")}
-        rows.insert(0, number(earlier).with_columns(pl.col(ROW) - events, reason=NOT_BAD).cast(kinds))  # type: ignore[arg-type]
+        ids = (pl.col(name).cast(judged.collect_schema()[name]) for name in ("user_id", "item_id"))
+        rows.insert(0, number(earlier).with_columns(pl.col(ROW) - events, *ids, reason=NOT_BAD))
     with readable(where):
         pl.concat(rows).sink_parquet(path, compression="lz4")
     staged = pl.scan_parquet(path).filter(pl.col(ROW) > 0)

@@ -86,7 +86,7 @@ def _scan_all(paths: list[Path], names: dict[str, str]) -> pl.LazyFrame:
     """One table of all files. Raises DataError: they differ in the type of a column of `names`."""
     tables = [_scan(path, names) for path in paths]
     schemas = [table.collect_schema() for table in tables]
-    for name, column in names.items():
+    for column in names.values():
         kinds = [_kind(schema[column]) for schema in schemas]
         for path, schema, kind in zip(paths, schemas, kinds, strict=True):
             if kind != kinds[0] and None not in (kind, kinds[0]):

@@ -6,7 +6,7 @@ where a new session returns to it, something popular of the user's favourite gen
 drawn again until the user has not seen it. So the law of the next item is that mixture over the unseen items, renormalised,
 and its likeliest items are the best list there is.
 
-B histories · I items · S successors
+B histories · I items · K places of a list
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class SyntheticSettings(Settings):
     """Exponent of Zipf's law of popularity within a genre."""
     sequel: float = 0.25
     """Chance that an event goes on with the last item's series (unless a new session returns to the favourite genre)."""
-    resume: float = 0.15
+    resume: float = 0.25
     """Chance, likewise, that it goes on with the series of the item before the last."""
-    drift: float = 0.1
+    drift: float = 0.15
     """Chance, likewise, that it is of the next genre of the ring."""
     surprise: float = 0.05
     """Chance, likewise, that it is any item; what is left is the chance that it is of the last item's genre."""
-    new_session: float = 0.25
+    new_session: float = 0.35
     """Chance that an event starts a new session."""
-    loyalty: float = 0.8
+    loyalty: float = 0.85
     """Chance that a new session returns to the user's favourite genre."""
     seed: int = 0
     """Same settings and seed, same world and events."""
@@ -77,10 +77,10 @@ class SyntheticSettings(Settings):
         for name in ("sequel", "resume", "drift", "surprise", "new_session", "loyalty"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 to 1")
-        if self.surprise == 0 or self.stay < 0 or self.back == 1:
-            raise ValueError(
-                "surprise must be above 0, sequel + resume + drift + surprise at most 1, new_session * loyalty below 1"
-            )
+        if self.sequel + self.resume + self.drift + self.surprise > 1 + 1e-9:  # rounding may pass 1
+            raise ValueError("sequel + resume + drift + surprise must be at most 1")
+        if self.surprise < 0.01 or self.back > 0.95:  # an unseen item must be found within a bearable number of draws
+            raise ValueError("surprise must be at least 0.01, and new_session * loyalty at most 0.95")
 
     @property
     def back(self) -> float:
@@ -90,7 +90,7 @@ class SyntheticSettings(Settings):
     @property
     def stay(self) -> float:
         """Chance that any other event is of the last item's genre, by popularity."""
-        return 1 - self.sequel - self.resume - self.drift - self.surprise
+        return max(0.0, 1 - self.sequel - self.resume - self.drift - self.surprise)
 
 
 class World:

@@ -26,18 +26,24 @@ class TrainingBatch:
         return TrainingBatch(self.history.to(device), self.targets.to(device))
 
 
+WINDOWS = ("last", "all")
+
+
 class EpochBatches:
     """One epoch of next-item batches from the training part of each user, in an order drawn from (seed, epoch).
 
-    Every user gives one window of at most `length` inputs: the last one.
+    A window has at most `length` inputs. With windows "last" a user gives the newest one; with "all", consecutive ones
+    from the end backwards, so that every training event but the first is a target once.
     """
 
-    def __init__(self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int) -> None:
+    def __init__(self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int, windows: str = "last") -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         begins, ends, _ = sequences.windows("train")
-        users = torch.nonzero(ends - begins >= 2).flatten()
-        begins, ends = begins[users], ends[users]
-        self.begins, self.ends = torch.maximum(begins, ends - length - 1), ends
+        inputs = (ends - begins - 1).clamp(min=0)
+        count = (inputs + length - 1) // length if windows == "all" else inputs.clamp(max=1)
+        place = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        self.ends = torch.repeat_interleave(ends, count) - place * length
+        self.begins = torch.maximum(torch.repeat_interleave(begins, count), self.ends - length - 1)
         lengths = self.ends - self.begins - 1
         noise = torch.randn(len(lengths), generator=generator) * LENGTH_JITTER
         order = torch.argsort(lengths * noise.exp(), stable=True)

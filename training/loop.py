@@ -17,7 +17,7 @@ from recsys.bundle import write_file
 from recsys.config import Settings
 from recsys.errors import DataError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
-from training.data import EpochBatches, TrainingBatch
+from training.data import WINDOWS, EpochBatches, TrainingBatch
 from training.losses import LOSSES
 from training.optimizer import adamw, rate_at
 from training.validate import validate
@@ -37,6 +37,8 @@ class TrainSettings(Settings):
     """Validations without a better NDCG@10 after which training stops."""
     validate_every: int = 1
     """Epochs between validations."""
+    windows: str = "last"
+    """last: of a history longer than model.length only the newest window is learnt; all: every window."""
     batch_tokens: int = 12_800
     """Padded events in a batch."""
     loss: str = "sampled_softmax"
@@ -64,6 +66,8 @@ class TrainSettings(Settings):
             raise ValueError("warmup_steps and weight_decay must not be negative")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, found {self.loss!r}")
+        if self.windows not in WINDOWS:
+            raise ValueError(f"windows must be one of {', '.join(WINDOWS)}, found {self.windows!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
 
@@ -172,7 +176,9 @@ def fit(
             saved_at = time.monotonic()
 
     while state.epoch < settings.epochs and state.since_best < settings.patience:
-        batches = EpochBatches(sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch)
+        batches = EpochBatches(
+            sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch, settings.windows
+        )
         if not len(batches):
             raise DataError("no user has two training events, so there is nothing to learn; give more events or another [split]")
         state.steps_planned = state.steps_planned or len(batches) * settings.epochs

@@ -18,11 +18,16 @@ NOW = 2_000_000_000
 """Seconds; the tests' clock."""
 
 Build = Callable[..., Dataset]
+WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
+    ".parquet": lambda table, path: table.write_parquet(path),
+    ".csv": lambda table, path: table.write_csv(path),
+    ".jsonl": lambda table, path: table.write_ndjson(path),
+}
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """An empty folder; unlike tmp_path it may be made anew by `mkdtemp` within one test."""
+    """An empty folder that goes with the test."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
 
@@ -46,8 +51,7 @@ def build_in() -> Build:
         tables = {f"events-{part}": table for part, table in enumerate(events)} | {"items": items, "users": users}
         for name, table in tables.items():
             if table is not None:
-                write = {".parquet": table.write_parquet, ".csv": table.write_csv, ".jsonl": table.write_ndjson}[suffix]
-                write(raw / f"{name}{suffix}")
+                WRITERS[suffix](table, raw / f"{name}{suffix}")
         recipe = Recipe("test", {"data": {"now": NOW, **data}, "split": split or {}})
         build(raw, recipe, folder / "out", append=append, strict=strict)
         return Dataset.open(folder / "out")

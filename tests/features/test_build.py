@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,23 @@ from recsys.errors import DataError, RecsysError
 Build = Callable[..., Dataset]
 NOW = 2_000_000_000
 
+Row = tuple[str | None, ...]
 USERS = st.sampled_from(["1", "2", "3", "5", "", None, "-7", "9223372036854775807"])
 ITEMS = st.sampled_from(["2", "3", "5", "7", "11", "13", "", None])
 TIMES = st.sampled_from(["17", "19", "23", "23", "29", "", "-1", "tomorrow", "1970-01-01T00:00:31Z", str(NOW + 1), None])
 ORDERS = st.sampled_from(["1", "2", "3", "4", "5", "", "first"])
 ROWS = st.lists(st.tuples(USERS, ITEMS, TIMES, ORDERS), max_size=23)
-GOOD = [("1", "2", "17", "1"), ("1", "3", "19", "2"), ("8", "2", "17", "1")]
+GOOD: list[Row] = [("1", "2", "17", "1"), ("1", "3", "19", "2"), ("8", "2", "17", "1")]
 ITEM_ROWS = st.lists(st.tuples(st.sampled_from(["2", "3", "5", "17", "", "x"]), st.sampled_from(["a", "b", None])), max_size=7)
 LAYOUTS = st.sampled_from([{}, {"order": "order"}, {"repeats": "keep"}, {"timestamp": "", "order": "order"}])
 SPLITS = st.sampled_from([{}, {"method": "global_time", "test_start": 23, "validation_days": 0}])
 
 
-def events_of(rows: list[tuple[str | None, ...]]) -> pl.DataFrame:
+def events_of(rows: Sequence[Row]) -> pl.DataFrame:
     return pl.DataFrame(rows, {name: pl.String for name in ("user_id", "item_id", "timestamp", "order")}, orient="row")
 
 
-def items_of(rows: list[tuple[str | None, ...]]) -> pl.DataFrame | None:
+def items_of(rows: Sequence[Row]) -> pl.DataFrame | None:
     return pl.DataFrame(rows, {"item_id": pl.String, "title": pl.String}, orient="row") if rows else None
 
 
@@ -49,9 +50,7 @@ def account(found: Dataset) -> dict[str, Any]:
 
 @given(ROWS, LAYOUTS)
 @settings(max_examples=20, deadline=None)
-def test_every_row_read_is_kept_or_quarantined(
-    build_in: Build, rows: list[tuple[str | None, ...]], data: dict[str, Any]
-) -> None:
+def test_every_row_read_is_kept_or_quarantined(build_in: Build, rows: list[Row], data: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = build_in(Path(folder), events_of(GOOD + rows), **data)
         counts = found.manifest["rows"]
@@ -66,10 +65,10 @@ def test_every_row_read_is_kept_or_quarantined(
 @settings(max_examples=25, deadline=None)
 def test_appending_gives_the_files_of_building_at_once(
     build_in: Build,
-    first: list[tuple[str | None, ...]],
-    second: list[tuple[str | None, ...]],
-    listed: list[tuple[str | None, ...]],
-    listed_later: list[tuple[str | None, ...]],
+    first: list[Row],
+    second: list[Row],
+    listed: list[Row],
+    listed_later: list[Row],
     data: dict[str, Any],
     split: dict[str, Any],
     suffix: str,
@@ -91,7 +90,7 @@ def test_appending_gives_the_files_of_building_at_once(
 
 @given(ROWS, st.randoms(use_true_random=False))
 @settings(max_examples=10, deadline=None)
-def test_the_order_of_rows_matters_for_ties_alone(build_in: Build, rows: list[tuple[str | None, ...]], random: Any) -> None:
+def test_the_order_of_rows_matters_for_ties_alone(build_in: Build, rows: list[Row], random: Any) -> None:
     rows = [*GOOD, *(row for place, row in enumerate(rows) if row[:3] not in [other[:3] for other in rows[:place]])]
     untied = [(user, item, str(place), order) for place, (user, item, _, order) in enumerate(rows)]
     shuffled = random.sample(untied, len(untied))

@@ -75,6 +75,7 @@ RETAIL_HEAD = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate
 RETAIL: Rows = [
     (536365, "85123A", "HEART, WHITE", 6, 40513.351388888885, 2.55, 17850, "United Kingdom"),
     (536365, 71053, "WHITE LANTERN", 6, 40513.351388888885, 3.39, 17850, "United Kingdom"),
+    (536365, "M", "MANUAL", 1, 40513.351388888885, 3.39, 17850, "United Kingdom"),
     (536365, 71053, "WHITE LANTERN", 2, 40513.351388888885, 3.39, 17850, "United Kingdom"),
     ("C536379", "85123A", "HEART, WHITE", -1, 40513.4, 2.55, 17850, "United Kingdom"),
     (536380, 71053, "wet?", 5, 40513.25, 3.39, None, "France"),
@@ -156,9 +157,9 @@ def check_retail(tables: RawTables) -> None:
     day = 1_291_161_600  # 2010-12-01
     assert rows(tables.events) == [
         (12583, "POST", day + 25_920, 1), (17850, "85123A", day + 25_920, 1), (17850, "85123A", day + 30_360, 2),
-        (17850, "71053", day + 30_360, 3),
+        (17850, "71053", day + 30_360, 3), (17850, "M", day + 30_360, 4),
     ]  # fmt: skip
-    assert rows(tables.items) == [("71053", "WHITE LANTERN"), ("85123A", "HEART, WHITE"), ("POST", "POSTAGE")]
+    assert rows(tables.items) == [("71053", "WHITE LANTERN"), ("85123A", "HEART, WHITE"), ("M", "MANUAL"), ("POST", "POSTAGE")]
     assert rows(tables.users) == [(12583, "France"), (17850, "United Kingdom")]
 
 

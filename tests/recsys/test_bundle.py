@@ -86,7 +86,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_file_named(published, name
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_missing_file_is_found_and_named(published, verify):
     (published / "items").unlink()
-    with pytest.raises(BundleError, match="items: named in manifest.json and missing"):
+    with pytest.raises(BundleError, match=r"items: named in manifest\.json and missing"):
         open_directory(published, verify=verify)
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_manifest_is_refused(published, text):
 @pytest.mark.parametrize("place", ["nowhere", "empty", "bundle/items"])
 def test_a_place_without_a_manifest_is_refused(tmp_path, published, place):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BundleError, match="no manifest.json there"):
+    with pytest.raises(BundleError, match=r"no manifest\.json there"):
         open_directory(tmp_path / place)
 
 
@@ -179,7 +179,7 @@ def test_what_was_not_published_is_not_replaced(tmp_path, kind):
         path.mkdir()
     kept = path / "letter" if kind == "folder" else path
     kept.write_text("dear")
-    with pytest.raises(RecsysError, match="holds no manifest.json, so it is not replaced"):
+    with pytest.raises(RecsysError, match=r"holds no manifest\.json, so it is not replaced"):
         publish(path, writers(), {})
     assert kept.read_text() == "dear"
     assert list(tmp_path.iterdir()) == [path]

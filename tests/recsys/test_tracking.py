@@ -98,7 +98,7 @@ def test_the_champion_is_the_bundle_registered_last_and_the_store_holds_its_file
         with tracking.run(identity):
             numbers.append(tracking.register(bundle, identity))
         champion = client.get_model_version_by_alias("films", "champion")
-        assert (champion.version, champion.run_id, champion.tags["bundle"]) == (numbers[-1], tracking.run_id, identity)
+        assert (str(champion.version), champion.run_id, champion.tags["bundle"]) == (numbers[-1], tracking.run_id, identity)
         assert (artifacts(champion.source) / "weights").read_text() == identity
     assert numbers == ["1", "2"]
 

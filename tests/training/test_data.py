@@ -26,6 +26,13 @@ def test_an_epoch_is_each_users_last_training_window_once(ring):
         assert sorted(found) == targets_of(ring, length)
 
 
+def test_all_windows_make_every_training_event_but_the_first_a_target_once(ring):
+    found = sorted(row for batch in EpochBatches(ring, 3, 97, 0, 0, "all") for row in batch.targets.tolist())
+    begins, ends, _ = ring.windows("train")
+    pairs = zip((begins + 1).tolist(), ends.tolist(), strict=True)
+    assert found == sorted(row for begin, end in pairs for row in ring.items[begin:end].tolist())
+
+
 def test_no_batch_is_larger_than_its_budget(ring):
     for batch in EpochBatches(ring, 50, 97, seed=0, epoch=0):
         assert len(batch.history) * int(batch.history.lengths.max()) <= 97

@@ -78,6 +78,7 @@ CHANGES = {
     "epochs": 2,
     "patience": 1,
     "validate_every": 2,
+    "windows": "all",
     "batch_tokens": 101,
     "loss": "softmax",
     "negatives": 5,

@@ -1,0 +1,119 @@
+"""The items of a bundle: their ids and titles, and how a word of the user becomes an item row."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recsys.batch import FIRST_ITEM, Sequences
+from recsys.errors import RequestError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from features.dataset import Dataset
+
+FILE = "items.parquet"
+NEAREST_AMONG = 20_000
+"""Most popular items among which near titles are looked for: about .2 s."""
+
+
+class Catalogue:
+    """Every item by row; read when first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        import polars as pl
+
+        return pl.read_parquet(self.path, columns=["row", "item_id", "title", "events"])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def item_ids(self) -> list[int | str]:
+        """As in the input; entry i belongs to row FIRST_ITEM + i."""
+        return self.items["item_id"].to_list()
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """As item_ids; an item without a title is called by its id."""
+        return [title or str(item_id) for title, item_id in zip(self.items["title"].to_list(), self.item_ids, strict=True)]
+
+    @cached_property
+    def events(self) -> Tensor:
+        """Training events of each item, float32."""
+        return torch.tensor(self.items["events"].to_numpy(), dtype=torch.float32)
+
+    def item_id(self, row: int) -> int | str:
+        return self.item_ids[row - FIRST_ITEM]
+
+    def title(self, row: int) -> str:
+        return self.titles[row - FIRST_ITEM]
+
+    def row(self, item_id: int | str) -> int | None:
+        """The row of an item id, given as in the input or as text."""
+        return self._rows_by_id.get(str(item_id))
+
+    def titled(self, title: str) -> int | None:
+        """The row of a title: as it stands, else without regard to case; of several, the most popular item."""
+        return self._rows_by_title.get(title, self._rows_by_folded.get(title.casefold()))
+
+    def resolve(self, text: int | str) -> int:
+        """The row of an item id or title. Raises RequestError: it is neither; the nearest titles are named."""
+        row = self.row(text)
+        if row is None:
+            row = self.titled(str(text))
+        if row is None:
+            raise self.unknown(text)
+        return row
+
+    def unknown(self, text: int | str) -> RequestError:
+        """The error for a text that is no item."""
+        near = difflib.get_close_matches(str(text).casefold(), list(self._near), n=3)
+        hint = f"nearest titles: {', '.join(repr(self._near[title]) for title in near)}" if near else "give an item id or a title"
+        return RequestError(f"no item {str(text)!r}; {hint}")
+
+    def align(self, dataset: Dataset) -> Sequences:
+        """The data set's histories in this catalogue's rows; an item that is not in it gets a row of its own behind them.
+
+        A data set that has grown since the model was trained has other rows for the same items.
+        """
+        import polars as pl
+
+        theirs, sequences = dataset.items["item_id"], dataset.sequences
+        if theirs.equals(self.items["item_id"], check_dtypes=True):
+            return sequences
+        mine = self.items.select(pl.col("item_id").cast(pl.String), own=pl.col("row").cast(pl.Int32))
+        joined = theirs.cast(pl.String).to_frame().join(mine, on="item_id", how="left", maintain_order="left")
+        behind = pl.int_range(len(theirs), dtype=pl.Int32) + FIRST_ITEM + len(self)
+        rows = joined.select(pl.coalesce("own", behind)).to_series().to_numpy()
+        own = torch.cat([torch.arange(FIRST_ITEM, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)])
+        return Sequences(
+            own[sequences.items.long()], sequences.times, sequences.offsets, sequences.train_end, sequences.validation_end
+        )
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        return {str(item_id): row for row, item_id in enumerate(self.item_ids, FIRST_ITEM)}
+
+    @cached_property
+    def _rows_by_title(self) -> dict[str, int]:
+        return {title: row for row, title in reversed(list(enumerate(self.titles, FIRST_ITEM)))}  # the first one stays
+
+    @cached_property
+    def _rows_by_folded(self) -> dict[str, int]:
+        return {title.casefold(): row for row, title in reversed(list(enumerate(self.titles, FIRST_ITEM)))}
+
+    @cached_property
+    def _near(self) -> dict[str, str]:
+        return {title.casefold(): title for title in self.titles[:NEAREST_AMONG]}
+

@@ -1,0 +1,57 @@
+"""What a user state looked at: attention weights of a history, as numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys.batch import Batch
+from serving.engine import Recommender
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How much each event attends to each earlier one, T events long."""
+
+    titles: list[str]
+    weights_LHTT: Tensor
+    """By layer and head; each line sums to 1."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The share of each event in the last state, oldest first: the mean over layers and heads."""
+        shares = self.weights_LHTT[:, :, -1].mean((0, 1)).tolist()
+        return [{"event": place, "title": title, "share": share} for place, (title, share) in enumerate(zip(self.titles, shares), 1)]
+
+
+@torch.inference_mode()
+def attention(recommender: Recommender, history: Sequence[str]) -> Attention:
+    """Attention over a history of item ids or titles, cut to the length that the model reads.
+
+    Raises RequestError: an unknown item.
+    """
+    rows = [recommender.resolve(item) for item in history][-recommender.model.settings.length :]
+    weights = recommender.model.attention(Batch.of([rows]))
+    return Attention([recommender.title(row) for row in rows], torch.cat(weights))
+
+
+def draw(found: Attention, path: Path) -> None:
+    """Write a PNG: one square a layer, the looking event down, the looked-at event across, mean over heads."""
+    from matplotlib.figure import Figure
+
+    layers = found.weights_LHTT.mean(1)
+    names = [title if len(title) <= 28 else f"{title[:27]}…" for title in found.titles]
+    side = max(3.0, 0.28 * len(names))
+    figure = Figure(figsize=(side * len(layers) + 3.5, side + 2), layout="constrained")
+    axes = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
+    for layer, (axis, weights_TT) in enumerate(zip(axes, layers, strict=True), 1):
+        image = axis.imshow(weights_TT, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"layer {layer}")
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.7)
+    figure.savefig(path, dpi=110)
