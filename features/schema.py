@@ -1,4 +1,4 @@
-"""What raw tables must hold, how their cells are read, and the one policy for rows that are bad."""
+"""What raw tables must hold, and the one policy for rows that are bad."""
 
 from __future__ import annotations
 

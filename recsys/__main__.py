@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,18 +116,19 @@ def evaluate(
     Example: recsys evaluate runs/ml-1m --dataset datasets/ml-1m --json --lists lists.parquet
     """
     from features.dataset import Dataset
+    from recsys.terminal import bar, metrics_table
     from serving.engine import Recommender
     from serving.evaluate import evaluate as judge
 
     recommender, data = Recommender.load(path), Dataset.open(dataset)
-    report = judge(recommender, data, split=split, repeats=repeats, baselines=baselines and not json)
+    with bar("users") as progress:
+        tell = partial(progress, "evaluate")
+        report = judge(recommender, data, split=split, repeats=repeats, baselines=baselines, progress=tell)
     if lists is not None:
         report.write_lists(lists)
     if json:
         typer.echo(json_module.dumps(report.as_dict()))
     else:
-        from recsys.terminal import metrics_table
-
         metrics_table(report.rows())
 
 
@@ -202,7 +204,7 @@ def explain(
     if picture is not None:
         draw(shares, picture)
     if json:
-        typer.echo(json_module.dumps(shares.as_dict()))
+        typer.echo(json_module.dumps(shares.records()))
     else:
         records_table(shares.records())
 
@@ -224,7 +226,7 @@ def nightly(
     from serving.nightly import nightly as score_all
 
     with bar("users") as progress:
-        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k=k, progress=progress)
+        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k=k, progress=partial(progress, "nightly"))
     typer.echo(f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second")
 
 

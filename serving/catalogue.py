@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from features.dataset import Dataset
 
-FILE = "items.parquet"
+ITEMS = "items.parquet"
 NEAREST_AMONG = 20_000
 """Most popular items among which near titles are looked for: about .2 s."""
 
@@ -59,28 +59,29 @@ class Catalogue:
     def title(self, row: int) -> str:
         return self.titles[row - FIRST_ITEM]
 
-    def row(self, item_id: int | str) -> int | None:
-        """The row of an item id, given as in the input or as text."""
-        return self._rows_by_id.get(str(item_id))
+    def by_id(self, item_id: int | str) -> int:
+        """The row of an item id, as in the input or as text. Raises RequestError: no such item."""
+        return self._found(self._rows_by_id.get(str(item_id)), item_id)
 
-    def titled(self, title: str) -> int | None:
-        """The row of a title: as it stands, else without regard to case; of several, the most popular item."""
-        return self._rows_by_title.get(title, self._rows_by_folded.get(title.casefold()))
+    def by_title(self, title: int | str) -> int:
+        """The row of a title as it stands, else without regard to case; of several, the most popular item's.
+
+        Raises RequestError: no such title; the nearest are named.
+        """
+        row = self._rows_by_title.get(str(title), self._rows_by_folded.get(str(title).casefold()))
+        return self._found(row, title)
 
     def resolve(self, text: int | str) -> int:
-        """The row of an item id or title. Raises RequestError: it is neither; the nearest titles are named."""
-        row = self.row(text)
-        if row is None:
-            row = self.titled(str(text))
-        if row is None:
-            raise self.unknown(text)
-        return row
+        """The row of an item id, else of a title. Raises RequestError: it is neither; the nearest titles are named."""
+        row = self._rows_by_id.get(str(text))
+        return self.by_title(text) if row is None else row
 
-    def unknown(self, text: int | str) -> RequestError:
-        """The error for a text that is no item."""
-        near = difflib.get_close_matches(str(text).casefold(), list(self._near), n=3)
-        hint = f"nearest titles: {', '.join(repr(self._near[title]) for title in near)}" if near else "give an item id or a title"
-        return RequestError(f"no item {str(text)!r}; {hint}")
+    def _found(self, row: int | None, text: int | str) -> int:
+        if row is None:
+            near = difflib.get_close_matches(str(text).casefold(), list(self._near), n=3)
+            names = ", ".join(repr(self._near[title]) for title in near)
+            raise RequestError(f"no item {str(text)!r}; " + (f"nearest titles: {names}" if near else "give the id or title of an item"))
+        return row
 
     def align(self, dataset: Dataset) -> Sequences:
         """The data set's histories in this catalogue's rows; an item that is not in it gets a row of its own behind them.

@@ -13,22 +13,22 @@ B histories · E width · V items · n, C candidates · k places of a list
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import MANIFEST, Directory, open_directory
 from recsys.errors import RequestError
 from recsys.model import model_from
-from serving import catalogue, index
-from serving.catalogue import Catalogue
+from serving.catalogue import ITEMS, Catalogue
 from serving.filters import allowed_lines, seen, until
-from serving.index import Index, IndexSettings, Scan, Searcher
+from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
 from serving.lists import Lists, best
 
 VECTORS = "vectors.safetensors"
@@ -40,23 +40,28 @@ QUERIES = 16
 """Histories searched at once; from 20 on FAISS takes other kernels, which round otherwise."""
 MARGIN = 16
 """Candidates beyond k that are scored exactly, where an index found them by rounded vectors."""
-SMALL = 20_000
+FEW = 20_000
 """Allowed items up to which they are searched exactly: faster than an index, and nothing is missed."""
 
 
 class Recommender:
     """A loaded run or bundle; safe to share between threads."""
 
-    def __init__(self, directory: Directory, searcher: Searcher | None, device: str = "cpu") -> None:
+    def __init__(self, directory: Directory, device: str = "cpu", *, exact: bool = False, threads: int | None = None) -> None:
         self.manifest = directory.manifest
+        self.catalogue = Catalogue(directory.path / ITEMS)
         self.model = model_from(directory, device).eval().requires_grad_(False)
-        positions = self.model.positions  # rows that only padding reads, so that every padded length is a multiple of 16
-        self.model.positions = torch.nn.Parameter(pad(positions, (0, 0, 0, -len(positions) % POSITIONS)), requires_grad=False)
-        self.catalogue = Catalogue(directory.path / catalogue.FILE)
-        self.vectors_VE = self.model.item_vectors()
-        self.scan = Scan(self.vectors_VE)
-        self.searcher = searcher or self.scan
-        self._longest = float(self.vectors_VE.norm(dim=1).max())
+        positions = self.model.positions  # rows that padding alone reads make every padded length a multiple of POSITIONS
+        self.model.positions = nn.Parameter(pad(positions, (0, 0, 0, -len(positions) % POSITIONS)), requires_grad=False)
+        bundle = self.manifest["kind"] == "bundle"
+        vectors_VE = _read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
+        self.scan = Scan(vectors_VE)
+        self.popularity = Scan(self.catalogue.events[: self.items, None].to(device))  # for a state of 1, the score is the count
+        self.searcher: Searcher = self.scan
+        if bundle and not exact:
+            settings = IndexSettings(**self.manifest["recipe"][IndexSettings.section])
+            kind, shape = self.manifest["index"]["kind"], tuple(vectors_VE.shape)
+            self.searcher = Index.load(directory.path / INDEX, kind, settings, shape, threads)
 
     @classmethod
     def load(
@@ -67,22 +72,23 @@ class Recommender:
         `threads` is how many FAISS takes for a search (default: its own). Raises BundleError: not whole, altered, or of
         another format.
         """
-        directory = open_directory(path if (path / MANIFEST).is_file() or not (path / "model").is_dir() else path / "model", verify)
-        manifest, searcher = directory.manifest, None
-        if manifest["kind"] == "bundle" and not exact:
-            settings = IndexSettings(**manifest["recipe"][IndexSettings.section])
-            shape = (manifest["items"], manifest["recipe"]["model"]["embedding_size"])
-            searcher = Index.load(directory.path / index.FILE, manifest["index"]["kind"], settings, shape, threads)
-        return cls(directory, searcher, device)
+        path = path / "model" if (path / "model" / MANIFEST).is_file() else path
+        return cls(open_directory(path, verify), device, exact=exact, threads=threads)
+
+    def with_exact_search(self) -> Recommender:
+        """The same without its index."""
+        other = copy.copy(self)
+        other.searcher = self.scan
+        return other
 
     @property
     def id(self) -> str:
-        """Of the bundle; a run's is its content's hash."""
-        return str(self.manifest.get("id") or self.manifest["hash"][:12])
+        """Of the bundle; a run's is the start of its hash."""
+        return str(self.manifest.get("id", self.manifest["hash"][:12]))
 
     @property
     def items(self) -> int:
-        """Items that can be recommended."""
+        """Items that can be recommended: those with training events."""
         return self.model.items
 
     @torch.inference_mode()
@@ -97,45 +103,133 @@ class Recommender:
     ) -> Lists:
         """The k best items for each history of item rows; fewer only where fewer are allowed.
 
-        Events after `now` (seconds since 1970) are not read; the model itself reads no time. `deny` and `allow` are item rows.
-        Raises RequestError: k below 1.
+        Events after `now` (seconds since 1970) are left out; the model itself reads no time. `deny` and `allow` are item
+        rows. Raises RequestError: k below 1.
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
+        histories = histories.to(self.scan.vectors_VE.device)
         if now is not None:
             histories = until(histories, now)
-        histories = histories.to(self.vectors_VE.device)
         allowed_V = allowed_lines(self.items, deny, allow)
-        lists = Lists(
-            torch.full((len(histories), k), PADDING, device=histories.values.device),
-            torch.full((len(histories), k), -torch.inf, device=histories.values.device),
-            ~self._known(histories),
-        )
-        states_BE = self.encode(histories)
-        wanted_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
-        wanted_B = (2 ** wanted_B.double().log2().ceil()).long().clamp(max=self.items)  # of the history alone
-        few = allowed_V is not None and int(allowed_V.sum()) <= SMALL
-        for popular, n, chunk in _chunks(lists.popular, wanted_B):
-            searcher = _Popularity(self.catalogue.events[: self.items]) if popular else self.scan if few else self.searcher
-            part = _take(histories, chunk)
-            hidden = part if filter_seen else None
-            lists.rows[chunk], lists.scores[chunk] = self._search(searcher, states_BE[chunk], hidden, k, n, allowed_V)
-        return lists
+        few = allowed_V is not None and int(allowed_V.sum()) <= FEW
+        states_BE, popular_B = self.encode(histories), ~self._known(histories)
+        n_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
+        n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.items)
+        rows_BK, scores_BK = n_B.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
+        for popular, n in torch.stack([popular_B.long(), n_B], 1).unique(dim=0).tolist():
+            for chunk in ((popular_B == popular) & (n_B == n)).nonzero().flatten().split(QUERIES):
+                hidden = _take(histories, chunk) if filter_seen else None
+                if popular:
+                    found = _search(self.popularity, self.popularity, states_BE.new_ones(len(chunk), 1), hidden, k, n, allowed_V)
+                else:
+                    searcher = self.scan if few else self.searcher
+                    found = _search(searcher, self.scan, states_BE[chunk], hidden, k, n, allowed_V)
+                rows_BK[chunk], scores_BK[chunk] = found
+        return Lists(rows_BK, scores_BK, popular_B)
 
     @torch.inference_mode()
     def encode(self, histories: Batch) -> Tensor:
-        """`model.encode`, such that a state does not depend on the batch; shape B × E."""
+        """`model.encode`, such that a history's state does not depend on its batch; shape B × E."""
         read = histories.last(self.model.settings.length)
-        positions_B = (read.lengths + POSITIONS - 1) // POSITIONS * POSITIONS
-        out_BE = self.vectors_VE.new_zeros(len(read), self.vectors_VE.shape[1])
-        for positions in positions_B.unique().tolist():
-            for chunk in (positions_B == positions).nonzero().flatten().split(max(1, TOKENS // max(1, positions))):
-                if positions:
-                    part = _take(read, chunk)
-                    rows_BT = part.padded(positions)
-                    times_BT = torch.zeros_like(rows_BT)
-                    times_BT[part.mask(positions)] = part.times
-                    offsets = torch.arange(len(chunk) + 1, device=rows_BT.device) * positions
-                    states_BTE = self.model(Batch(rows_BT.flatten(), offsets, times_BT.flatten()))
-                    out_BE[chunk] = states_BTE[torch.arange(len(chunk)), part.lengths - 1]
+        padded_B = (read.lengths + POSITIONS - 1) // POSITIONS * POSITIONS
+        out_BE = self.scan.vectors_VE.new_zeros(len(read), self.scan.vectors_VE.shape[1])
+        for positions in padded_B[padded_B > 0].unique().tolist():
+            for chunk in (padded_B == positions).nonzero().flatten().split(max(1, TOKENS // positions)):
+                part = _take(read, chunk)
+                mask_BT, rows_BT = part.mask(positions), part.padded(positions)
+                times_BT = torch.zeros_like(rows_BT).masked_scatter_(mask_BT, part.times)
+                offsets = torch.arange(len(chunk) + 1, device=rows_BT.device) * positions
+                states_BTE = self.model(Batch(rows_BT.flatten(), offsets, times_BT.flatten()))
+                out_BE[chunk] = states_BTE[torch.arange(len(chunk), device=rows_BT.device), part.lengths - 1]
         return out_BE
+
+    def answer(
+        self,
+        history: Sequence[int | str],
+        k: int = 10,
+        *,
+        now: int | None = None,
+        filter_seen: bool = True,
+        deny: Sequence[int | str] = (),
+        allow: Sequence[int | str] | None = None,
+        ignore_unknown: bool = False,
+        find: Callable[[int | str], int] | None = None,
+    ) -> dict[str, Any]:
+        """One list with ids and titles, ready for JSON: bundle, source, unknown (words that are no item), items.
+
+        `find` turns a word of the history into a row: by id or title (default), or by one of them alone; `deny` and `allow`
+        are item ids. Raises RequestError: an unknown item, unless `ignore_unknown`; k below 1.
+        """
+        unknown: list[int | str] = []
+
+        def rows(words: Iterable[int | str], find: Callable[[int | str], int]) -> list[int]:
+            found = []
+            for word in words:
+                try:
+                    found.append(find(word))
+                except RequestError:
+                    if not ignore_unknown:
+                        raise
+                    unknown.append(word)
+            return found
+
+        read = rows(history, find or self.catalogue.resolve)
+        denied, allowed = rows(deny, self.catalogue.by_id), None if allow is None else rows(allow, self.catalogue.by_id)
+        lists = self.recommend(Batch.of([read]), k, now, filter_seen, denied, allowed)
+        pairs = [(row, score) for row, score in zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True) if row]
+        items = [
+            {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}
+            for rank, (row, score) in enumerate(pairs, 1)
+        ]
+        return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
+
+    def _known(self, histories: Batch) -> Tensor:
+        """True where the events that the model reads hold an item that it knows; bool, shape B."""
+        read = histories.last(self.model.settings.length)
+        known_N = (read.values >= FIRST_ITEM) & (read.values < FIRST_ITEM + self.items)
+        return torch.bincount(read.owners[known_N], minlength=len(read)) > 0
+
+
+def _search(
+    searcher: Searcher, scan: Scan, states_BE: Tensor, hidden: Batch | None, k: int, n: int, allowed_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows and scores of the k best items outside `hidden`, from n candidates, or more where n do not settle it."""
+    lines_BN, rough_BN = searcher.search(states_BE, n, allowed_V)
+    found_BN = lines_BN >= 0
+    keep_BN = found_BN if hidden is None else found_BN & ~seen(hidden, lines_BN + FIRST_ITEM)
+    places_BN = keep_BN.cumsum(1)
+    if searcher.exact:  # every candidate that rounding could lift above the k-th is scored again
+        kth_B = rough_BN.masked_fill(places_BN < k, -torch.inf).amax(1)
+        rounding_B = 2**-22 * states_BE.shape[1] * states_BE.norm(dim=1) * scan.longest
+        wanted_BN = keep_BN & (rough_BN >= (kth_B - rounding_B)[:, None])
+        settled_B = ~wanted_BN[:, -1] if n < len(scan.vectors_VE) else torch.ones_like(found_BN[:, 0])
+    else:
+        wanted_BN = keep_BN & (places_BN <= k + MARGIN)
+        settled_B = places_BN[:, -1] >= k
+    most = int(wanted_BN.sum(1).max())
+    first_BC = wanted_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    lines_BC, wanted_BC = lines_BN.gather(1, first_BC), wanted_BN.gather(1, first_BC)
+    scores_BC = _score(states_BE, scan.vectors_VE, lines_BC.clamp(min=0)).masked_fill(~wanted_BC, -torch.inf)
+    rows_BK, scores_BK = best(lines_BC + FIRST_ITEM, scores_BC, k)
+    rest = (~settled_B).nonzero().flatten()
+    if len(rest):
+        again, more = (searcher, min(2 * n, len(scan.vectors_VE))) if searcher.exact else (scan, n)
+        part = None if hidden is None else _take(hidden, rest)
+        rows_BK[rest], scores_BK[rest] = _search(again, scan, states_BE[rest], part, k, more, allowed_V)
+    return rows_BK, scores_BK
+
+
+def _score(states_BE: Tensor, vectors_VE: Tensor, lines_BC: Tensor) -> Tensor:
+    """Inner products in float64, rounded to float32: the same for a pair in any company."""
+    return (states_BE.double()[:, None] * vectors_VE[lines_BC].double()).sum(2).float()
+
+
+def _take(histories: Batch, chosen: Tensor) -> Batch:
+    return gather(histories.values, histories.times, histories.offsets[chosen], histories.offsets[chosen + 1])
+
+
+def _read_vectors(path: Path) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(path / VECTORS)["vectors"]

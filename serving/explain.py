@@ -25,7 +25,7 @@ class Attention:
     def records(self) -> list[dict[str, Any]]:
         """The share of each event in the last state, oldest first: the mean over layers and heads."""
         shares = self.weights_LHTT[:, :, -1].mean((0, 1)).tolist()
-        return [{"event": place, "title": title, "share": share} for place, (title, share) in enumerate(zip(self.titles, shares), 1)]
+        return [{"event": place, "title": title, "share": share} for place, (title, share) in enumerate(zip(self.titles, shares, strict=True), 1)]
 
 
 @torch.inference_mode()
@@ -34,9 +34,9 @@ def attention(recommender: Recommender, history: Sequence[str]) -> Attention:
 
     Raises RequestError: an unknown item.
     """
-    rows = [recommender.resolve(item) for item in history][-recommender.model.settings.length :]
+    rows = [recommender.catalogue.resolve(item) for item in history][-recommender.model.settings.length :]
     weights = recommender.model.attention(Batch.of([rows]))
-    return Attention([recommender.title(row) for row in rows], torch.cat(weights))
+    return Attention([recommender.catalogue.title(row) for row in rows], torch.cat(weights))
 
 
 def draw(found: Attention, path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from recsys.config import Settings
 from recsys.errors import BundleError, SetupError
 
-FILE = "index.faiss"
+INDEX = "index.faiss"
 POINTS = 39
 """Items that FAISS wants to see for each IVF list while it learns the lists."""
 GPU_CANDIDATES = 2048
@@ -82,6 +82,7 @@ class Scan:
 
     def __init__(self, vectors_VE: Tensor) -> None:
         self.vectors_VE = vectors_VE
+        self.longest = float(vectors_VE.norm(dim=1).max())
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         vectors_VE, lines_V = self.vectors_VE, None

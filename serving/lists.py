@@ -5,6 +5,7 @@ B histories · C candidates · k places of a list
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,13 @@ class Lists:
     def underfilled(self) -> int:
         """Lists with fewer than k items."""
         return int((self.rows == PADDING).any(1).sum())
+
+    @staticmethod
+    def joined(parts: Sequence[Lists], k: int) -> Lists:
+        """The lists of consecutive batches as one; none: no lists of k places."""
+        none = Lists(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0, dtype=torch.bool))
+        columns = [torch.cat(column) for column in zip(*((p.rows.cpu(), p.scores.cpu(), p.popular.cpu()) for p in (none, *parts)), strict=True)]
+        return Lists(*columns)
 
 
 class Lister(Protocol):

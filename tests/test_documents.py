@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from click import Group
 
 import recsys
 from recsys.__main__ import app
@@ -61,11 +60,9 @@ def commands(text: str) -> list[list[str]]:
 
 def verbs() -> dict[str, set[str]]:
     """The command's verbs, each with its options."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, Group)
     return {
         name: {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for name, verb in group.commands.items()
+        for name, verb in typer.main.get_group(app).commands.items()
     }
 
 
@@ -122,7 +119,8 @@ def test_the_changelog_has_the_version_that_is_here():
 
 
 def test_commands_are_found_wherever_code_quotes_them():
-    text = "`make test` and `FLAVOUR=gpu make setup`\n```\n$ .venv/bin/recsys demo --out x  # recsys none\nrecsys train a \\\n  --set b=c\n```\n"
+    shell = "$ .venv/bin/recsys demo --out x  # recsys none\nrecsys train a \\\n  --set b=c"
+    text = f"`make test` and `FLAVOUR=gpu make setup`\n```\n{shell}\n```\n"
     assert sorted(commands(text)) == [
         ["make", "setup"],
         ["make", "test"],

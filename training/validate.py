@@ -10,7 +10,7 @@ from recsys.errors import DataError
 from recsys.metrics import measure, new_targets, target_ranks
 from recsys.model import SequenceModel
 
-TOKENS = 2**16
+TOKENS = 2**14
 """Padded positions encoded at once."""
 
 

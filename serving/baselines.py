@@ -1,0 +1,118 @@
+"""What a model must beat: popularity and item-kNN, behind one protocol and judged by the model's path.
+
+B histories · V items with training events · k places of a list
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
+from serving.lists import Lists, best
+
+NEIGHBOURS = 100
+"""Most similar items kept for an item."""
+HALF_LIFE = 8
+"""Events after which a past event counts half."""
+BATCH = 256
+"""Histories scored at once."""
+
+
+class Baseline(Protocol):
+    """Scores items for histories; ties rank by row, that is, by popularity."""
+
+    def scores(self, histories: Batch) -> Tensor:
+        """Float32, not negative, shape B × V."""
+        ...
+
+
+class Ranked:
+    """A baseline as a lister."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        self.baseline = baseline
+
+    def recommend(self, histories: Batch, k: int, *, filter_seen: bool = True) -> Lists:
+        """The k best items for each history."""
+        parts = []
+        for start in range(0, len(histories), BATCH):
+            stop = min(start + BATCH, len(histories))
+            part = gather(histories.values, histories.times, histories.offsets[start:stop], histories.offsets[start + 1 : stop + 1])
+            scores_BV = self.baseline.scores(part)
+            if filter_seen:
+                known_N = part.values < FIRST_ITEM + scores_BV.shape[1]
+                scores_BV[part.owners[known_N], part.values[known_N] - FIRST_ITEM] = -torch.inf
+            rows_BV = torch.arange(FIRST_ITEM, FIRST_ITEM + scores_BV.shape[1]).expand(len(part), -1)
+            parts.append(Lists(*best(rows_BV, scores_BV, k), popular=part.lengths == 0))
+        return Lists.joined(parts, k)
+
+
+class Popularity:
+    """The most popular items of the training part, for everybody."""
+
+    def __init__(self, sequences: Sequences, items: int) -> None:
+        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+        self.counts_V = torch.bincount(train.values, minlength=FIRST_ITEM + items)[FIRST_ITEM : FIRST_ITEM + items].float()
+
+    def scores(self, histories: Batch) -> Tensor:
+        return self.counts_V.repeat(len(histories), 1)
+
+
+class ItemKNN:
+    """Items that the same users had in the training part: cosine of item columns, summed over a fading history.
+
+    (Sarwar et al. 2001; fading as in Ludewig & Jannach 2018.)
+    """
+
+    def __init__(self, sequences: Sequences, items: int) -> None:
+        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+        users_UV = _sparse(train, torch.ones(len(train.values)), items)
+        users_UV.data[:] = 1  # an item counts once a user
+        counts_V = np.asarray(users_UV.sum(axis=0)).ravel()
+        columns_UV = users_UV.multiply(1 / np.sqrt(np.maximum(counts_V, 1))).tocsc().astype(np.float32)
+        lines_VU = columns_UV.T.tocsr()
+        self.similar_VV = _stack([_nearest(lines_VU[start : start + BATCH] @ columns_UV, start) for start in range(0, items, BATCH)])
+
+    def scores(self, histories: Batch) -> Tensor:
+        ages_N = (torch.repeat_interleave(histories.offsets[1:], histories.lengths) - 1) - torch.arange(len(histories.values))
+        return torch.from_numpy((_sparse(histories, 0.5 ** (ages_N / HALF_LIFE), self.similar_VV.shape[0]) @ self.similar_VV).toarray())
+
+
+BASELINES: dict[str, Callable[[Sequences, int], Ranked]] = {
+    "popularity": lambda sequences, items: Ranked(Popularity(sequences, items)),
+    "item-kNN": lambda sequences, items: Ranked(ItemKNN(sequences, items)),
+}
+
+
+def _sparse(histories: Batch, weights_N: Tensor, items: int) -> Any:
+    """Histories as a CSR matrix of B lines and one column for each item that has training events; equal items add up."""
+    from scipy.sparse import coo_matrix
+
+    known_N = (histories.values >= FIRST_ITEM) & (histories.values < FIRST_ITEM + items)
+    places = (histories.owners[known_N].numpy(), (histories.values[known_N] - FIRST_ITEM).numpy())
+    return coo_matrix((weights_N[known_N].float().numpy(), places), shape=(len(histories), items)).tocsr()
+
+
+def _nearest(block_BV: Any, start: int) -> Any:
+    """The NEIGHBOURS largest entries of each line, without the item itself, which stands `start` columns to the right."""
+    from scipy.sparse import csr_matrix
+
+    dense_BV = torch.from_numpy(block_BV.toarray())
+    lines_B = torch.arange(len(dense_BV))
+    dense_BV[lines_B, lines_B + start] = 0
+    values_BN, columns_BN = dense_BV.topk(min(NEIGHBOURS, dense_BV.shape[1]), dim=1)
+    places = (lines_B[:, None].expand_as(columns_BN).reshape(-1).numpy(), columns_BN.reshape(-1).numpy())
+    out = csr_matrix((values_BN.reshape(-1).numpy(), places), shape=dense_BV.shape)
+    out.eliminate_zeros()
+    return out
+
+
+def _stack(blocks: list[Any]) -> Any:
+    from scipy.sparse import vstack
+
+    return vstack(blocks, format="csr")

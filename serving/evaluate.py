@@ -1,0 +1,133 @@
+"""Judge the served path: recall and NDCG of the lists that users would see, over the whole catalogue.
+
+U judged users · B histories of a batch · P (user, target) pairs · K depth of the lists
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from features.dataset import Dataset
+from recsys.batch import Batch, Sequences, gather
+from recsys.errors import DataError, RequestError
+from recsys.metrics import MISSED, measure, new_targets
+from serving.baselines import BASELINES
+from serving.catalogue import Catalogue
+from serving.engine import Recommender
+from serving.lists import Lister, Lists
+from serving.tables import lists_frame, write_frames
+
+if TYPE_CHECKING:
+    import polars as pl
+
+USERS = 1024
+"""Users judged at once."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was judged, the figures of the model and of whatever stood beside it, and the model's lists."""
+
+    bundle: str
+    split: str
+    repeats: bool
+    users: int
+    """Users with a history and a target."""
+    figures: Mapping[str, Mapping[str, float]]
+    """recall@k and ndcg@k by name: model first."""
+    lists: Lists
+    """Of all users with a history and a later event."""
+    user_ids: pl.Series
+    """Of the lists."""
+    catalogue: Catalogue
+
+    def rows(self) -> list[tuple[str, Mapping[str, float]]]:
+        """The figures as lines of a table."""
+        return list(self.figures.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The model's figures beside what was judged, the others' under `baselines`; ready for JSON."""
+        others = {name: dict(values) for name, values in self.figures.items() if name != "model"}
+        about = {"bundle": self.bundle, "split": self.split, "repeats": self.repeats, "users": self.users}
+        counts = {"underfilled": self.lists.underfilled, "popular": int(self.lists.popular.sum())}
+        return {**about, **counts, **self.figures["model"], **({"baselines": others} if others else {})}
+
+    def frame(self) -> pl.DataFrame:
+        """The model's lists: user_id, item_id, rank from 1, score."""
+        return lists_frame(self.user_ids, self.lists, self.catalogue)
+
+    def write_lists(self, path: Path) -> None:
+        """Write `frame` as Parquet, whole or not at all."""
+        write_frames([self.frame()], path, {"bundle": self.bundle})
+
+
+def evaluate(
+    recommender: Recommender,
+    dataset: Dataset,
+    split: str = "test",
+    ks: Sequence[int] = (10, 50),
+    repeats: bool = False,
+    baselines: bool = True,
+    depth: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Report:
+    """Judge users who have a history and, in the split, a target: an item new to them; with `repeats`, any item.
+
+    Without `repeats` items of the history are not recommended. A target that the model has no vector for is missed. With
+    `baselines` popularity and item-kNN are judged too, and exact search where the bundle's is not. `depth` is how long
+    lists are (default and least: the largest k). `progress` hears (users done, users in all).
+    Raises DataError: nobody can be judged. RequestError: no such split, or a k below 1.
+    """
+    if split not in ("validation", "test"):
+        raise RequestError(f"split {split!r} cannot be judged; give validation or test")
+    if not ks or min(ks) < 1:
+        raise RequestError(f"ks are {list(ks)}; give at least one, each at least 1")
+    sequences = recommender.catalogue.align(dataset)
+    begins_U, ends_U, targets_U = sequences.windows(split)
+    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    listers: dict[str, Lister] = {"model": recommender}
+    if baselines:
+        if not recommender.searcher.exact:
+            listers["model, exact search"] = recommender.with_exact_search()
+        listers |= {name: fit(sequences, recommender.items) for name, fit in BASELINES.items()}
+    figures, judged, own = {}, 0, None
+    for number, (name, lister) in enumerate(listers.items()):
+
+        def tell(done: int, number: int = number) -> None:
+            progress(number * len(users_U) + done, len(listers) * len(users_U))
+
+        lists, ranks_P, owners_P = _judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
+        if not len(owners_P):
+            raise DataError(f"the {split} split has no user with a history and a target; give more events or another [split]")
+        figures[name] = measure(ranks_P, owners_P, len(users_U), tuple(ks))
+        own, judged = own or lists, len(owners_P.unique())
+    assert own is not None  # the model is always judged
+    user_ids = dataset.user_ids.gather(users_U.numpy())
+    return Report(recommender.id, split, repeats, judged, figures, own, user_ids, recommender.catalogue)
+
+
+def _judge(
+    lister: Lister, sequences: Sequences, split: str, users_U: Tensor, depth: int, repeats: bool, tell: Callable[[int], None]
+) -> tuple[Lists, Tensor, Tensor]:
+    """The lists of all users, and the rank and owner (place in `users_U`) of every target."""
+    begins_U, ends_U, targets_U = sequences.windows(split)
+    parts, ranks, owners = [], [], []
+    for start in range(0, len(users_U), USERS):
+        users_B = users_U[start : start + USERS]
+        history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
+        future = gather(sequences.items, sequences.times, ends_U[users_B], targets_U[users_B])
+        lists = lister.recommend(history, depth, filter_seen=not repeats)
+        owners_P, targets_P = new_targets(Batch.of([[]] * len(history)) if repeats else history, future)
+        hits_PK = lists.rows[owners_P] == targets_P[:, None]
+        ranks.append(torch.where(hits_PK.any(1), hits_PK.byte().argmax(1) + 1, MISSED))
+        owners.append(owners_P + start)
+        parts.append(lists)
+        tell(start + len(users_B))
+    empty = torch.zeros(0, dtype=torch.int64)
+    return Lists.joined(parts, depth), torch.cat([empty, *ranks]), torch.cat([empty, *owners])
