@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from features.dataset import Dataset
 from features.schema import RawTables
 from features.world import SHORTEST, SUCCESSOR_WEIGHTS, Bools, Floats, Ints, SyntheticSettings, World, best_possible
+from recsys.batch import FIRST_ITEM
 from recsys.errors import DataError
 
-__all__ = ["SESSION_GAP", "SyntheticSettings", "World", "best_possible", "generate", "read_world", "simulate", "write"]
+__all__ = ["SESSION_GAP", "SyntheticSettings", "World", "best_possible", "best_possible_of", "generate", "read_world", "simulate", "write"]
 
 SESSION_GAP = 4 * 3600
 """Seconds: the shortest gap before a new session; gaps within a session are below 30 minutes."""
@@ -64,6 +66,15 @@ def read_world(folder: Path) -> World:
         return World(SyntheticSettings(**json.loads((folder / "world.json").read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / 'world.json'}: no synthetic world there: {error}; write one") from None
+
+
+def best_possible_of(world: World, dataset: Dataset, split: str = "test", k: int = 10) -> dict[str, float]:
+    """`best_possible` of the users of a data set built from this world, for the first target of each in the split."""
+    sequences, item_ids = dataset.sequences, dataset.items["item_id"].to_list()
+    events = [item_ids[row - FIRST_ITEM] for row in sequences.items.tolist()]
+    windows = zip(*(part.tolist() for part in sequences.windows(split)), strict=True)
+    judged = [(start, end) for start, end, last in windows if start < end < last]
+    return best_possible(world, [events[start:end] for start, end in judged], [events[end] for _, end in judged], k)
 
 
 def simulate(world: World, progress: Progress | None = None, block: int | None = None) -> Iterator[pl.DataFrame]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from features.build import build
 from features.dataset import Dataset
-from features.synthetic import World, best_possible, write
+from features.synthetic import best_possible_of, write
 from features.world import SyntheticSettings
 from recsys import terminal
 from recsys.config import Recipe
@@ -53,20 +53,10 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
         report = evaluate(recommender, dataset, baselines=True)
     names = ("recall@10", "ndcg@10")
     rows = [(label, {name: figures[name] for name in names}) for label, figures in report.rows()]
-    rows.append(("best possible", _best_possible(world, dataset)))
+    best = best_possible_of(world, dataset)
+    rows.append(("best possible", {name: best[name] for name in names}))
     terminal.metrics_table(rows, title="Every user's last event, ranked among all items they have not seen")
     _show_one_user(recommender, dataset)
-
-
-def _best_possible(world: World, dataset: Dataset) -> dict[str, float]:
-    sequences, item_ids = dataset.sequences, dataset.items["item_id"]
-    first = dataset.items["row"][0]
-    _, ends, last = (part.tolist() for part in sequences.windows("test"))
-    starts = sequences.offsets.tolist()
-    events = item_ids.gather((sequences.items - first).tolist()).to_list()
-    judged = [user for user in range(sequences.users) if starts[user] < ends[user] < last[user]]
-    best = best_possible(world, [events[starts[u] : ends[u]] for u in judged], [events[ends[u]] for u in judged])
-    return {name: best[name] for name in ("recall@10", "ndcg@10")}
 
 
 def _show_one_user(recommender: Recommender, dataset: Dataset) -> None:

@@ -262,8 +262,10 @@ def check_mlflow(versions: Mapping[str, str]) -> Finding:
 
 def check_dependency(line: str) -> Finding:
     """One requirement line: installed, within its bounds, and loading."""
-    from packaging.requirements import Requirement
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return Finding(line, "unknown: packaging, which reads requirements, is not installed", False, fix=_pip("packaging"))
     requirement = Requirement(line)
     name, found = requirement.name, version(requirement.name)
     fix = _pip(_quote(f"{name}{requirement.specifier}"))

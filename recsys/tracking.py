@@ -118,12 +118,12 @@ class Tracking:
         ]
 
     def _mlflow(self) -> Any:
-        for chatty in ("alembic", "mlflow"):  # a new database reports every migration, a run its monitor's start and stop
-            logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
             import mlflow
         except ImportError as error:
             raise SetupError(f"mlflow does not load ({error}); run `recsys doctor`, or set tracking.uri=off") from None
+        for chatty in ("alembic", "mlflow"):  # a new database reports every migration, a run its monitor's start and stop
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         if mlflow.get_tracking_uri() != self.uri or self.uri not in _READY:
             mlflow.set_tracking_uri(self.uri)
             try:

@@ -42,7 +42,8 @@ class Ranked:
         parts = []
         for start in range(0, len(histories), BATCH):
             stop = min(start + BATCH, len(histories))
-            part = gather(histories.values, histories.times, histories.offsets[start:stop], histories.offsets[start + 1 : stop + 1])
+            begins_B, ends_B = histories.offsets[start:stop], histories.offsets[start + 1 : stop + 1]
+            part = gather(histories.values, histories.times, begins_B, ends_B)
             scores_BV = self.baseline.scores(part)
             if filter_seen:
                 known_N = part.values < FIRST_ITEM + scores_BV.shape[1]
@@ -70,17 +71,21 @@ class ItemKNN:
     """
 
     def __init__(self, sequences: Sequences, items: int) -> None:
+        from scipy.sparse import vstack
+
         train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
         users_UV = _sparse(train, torch.ones(len(train.values)), items)
         users_UV.data[:] = 1  # an item counts once a user
         counts_V = np.asarray(users_UV.sum(axis=0)).ravel()
         columns_UV = users_UV.multiply(1 / np.sqrt(np.maximum(counts_V, 1))).tocsc().astype(np.float32)
         lines_VU = columns_UV.T.tocsr()
-        self.similar_VV = _stack([_nearest(lines_VU[start : start + BATCH] @ columns_UV, start) for start in range(0, items, BATCH)])
+        starts = range(0, items, BATCH)
+        self.similar_VV = vstack([_nearest(lines_VU[at : at + BATCH] @ columns_UV, at) for at in starts], format="csr")
 
     def scores(self, histories: Batch) -> Tensor:
         ages_N = (torch.repeat_interleave(histories.offsets[1:], histories.lengths) - 1) - torch.arange(len(histories.values))
-        return torch.from_numpy((_sparse(histories, 0.5 ** (ages_N / HALF_LIFE), self.similar_VV.shape[0]) @ self.similar_VV).toarray())
+        recent_BV = _sparse(histories, 0.5 ** (ages_N / HALF_LIFE), self.similar_VV.shape[0])
+        return torch.from_numpy((recent_BV @ self.similar_VV).toarray())
 
 
 BASELINES: dict[str, Callable[[Sequences, int], Ranked]] = {
@@ -110,9 +115,3 @@ def _nearest(block_BV: Any, start: int) -> Any:
     out = csr_matrix((values_BN.reshape(-1).numpy(), places), shape=dense_BV.shape)
     out.eliminate_zeros()
     return out
-
-
-def _stack(blocks: list[Any]) -> Any:
-    from scipy.sparse import vstack
-
-    return vstack(blocks, format="csr")

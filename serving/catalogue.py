@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from features.dataset import Dataset
 
+Find = Callable[[int | str], int]
+"""Turns a word of the user into an item row, or raises RequestError."""
 ITEMS = "items.parquet"
 NEAREST_AMONG = 20_000
 """Most popular items among which near titles are looked for: about .2 s."""
@@ -76,11 +79,29 @@ class Catalogue:
         row = self._rows_by_id.get(str(text))
         return self.by_title(text) if row is None else row
 
+    def known(self, words: Iterable[int | str], find: Find, unknown: list[int | str] | None = None) -> list[int | None]:
+        """The row of every word; None for a word that is no item, which is added to `unknown`.
+
+        Raises RequestError: no such item, and no list `unknown` to add it to.
+        """
+        rows: list[int | None] = []
+        for word in words:
+            try:
+                rows.append(find(word))
+            except RequestError:
+                if unknown is None:
+                    raise
+                unknown.append(word)
+                rows.append(None)
+        return rows
+
     def _found(self, row: int | None, text: int | str) -> int:
         if row is None:
             near = difflib.get_close_matches(str(text).casefold(), list(self._near), n=3)
-            names = ", ".join(repr(self._near[title]) for title in near)
-            raise RequestError(f"no item {str(text)!r}; " + (f"nearest titles: {names}" if near else "give the id or title of an item"))
+            hint = ", ".join(repr(self._near[title]) for title in near)
+            raise RequestError(
+                f"no item {str(text)!r}; {f'nearest titles: {hint}' if hint else 'give the id or title of an item'}"
+            )
         return row
 
     def align(self, dataset: Dataset) -> Sequences:
@@ -117,4 +138,3 @@ class Catalogue:
     @cached_property
     def _near(self) -> dict[str, str]:
         return {title.casefold(): title for title in self.titles[:NEAREST_AMONG]}
-

@@ -14,7 +14,10 @@ B histories · E width · V items · n, C candidates · k places of a list
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,9 @@ from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import MANIFEST, Directory, open_directory
-from recsys.errors import RequestError
+from recsys.errors import BundleError, RequestError
 from recsys.model import model_from
-from serving.catalogue import ITEMS, Catalogue
+from serving.catalogue import ITEMS, Catalogue, Find
 from serving.filters import allowed_lines, seen, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
 from serving.lists import Lists, best
@@ -60,8 +63,8 @@ class Recommender:
         self.searcher: Searcher = self.scan
         if bundle and not exact:
             settings = IndexSettings(**self.manifest["recipe"][IndexSettings.section])
-            kind, shape = self.manifest["index"]["kind"], tuple(vectors_VE.shape)
-            self.searcher = Index.load(directory.path / INDEX, kind, settings, shape, threads)
+            kind, (items, width) = self.manifest["index"]["kind"], vectors_VE.shape
+            self.searcher = Index.load(directory.path / INDEX, kind, settings, (items, width), threads)
 
     @classmethod
     def load(
@@ -73,7 +76,10 @@ class Recommender:
         another format.
         """
         path = path / "model" if (path / "model" / MANIFEST).is_file() else path
-        return cls(open_directory(path, verify), device, exact=exact, threads=threads)
+        directory = open_directory(path, verify)
+        if verify and directory.manifest["kind"] == "bundle" and directory.manifest.get("id") != identity(directory.manifest):
+            raise BundleError(f"{path / MANIFEST}: is not as it was written (its id differs); export the bundle again")
+        return cls(directory, device, exact=exact, threads=threads)
 
     def with_exact_search(self) -> Recommender:
         """The same without its index."""
@@ -117,15 +123,13 @@ class Recommender:
         n_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
         n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.items)
         rows_BK, scores_BK = n_B.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
-        for popular, n in torch.stack([popular_B.long(), n_B], 1).unique(dim=0).tolist():
-            for chunk in ((popular_B == popular) & (n_B == n)).nonzero().flatten().split(QUERIES):
+        for popular, n in sorted(set(zip(popular_B.tolist(), n_B.tolist(), strict=True))):
+            scan = self.popularity if popular else self.scan
+            searcher = scan if popular or few else self.searcher
+            for chunk in torch.split(((popular_B == popular) & (n_B == n)).nonzero().flatten(), QUERIES):
+                states = states_BE.new_ones(len(chunk), 1) if popular else states_BE[chunk]
                 hidden = _take(histories, chunk) if filter_seen else None
-                if popular:
-                    found = _search(self.popularity, self.popularity, states_BE.new_ones(len(chunk), 1), hidden, k, n, allowed_V)
-                else:
-                    searcher = self.scan if few else self.searcher
-                    found = _search(searcher, self.scan, states_BE[chunk], hidden, k, n, allowed_V)
-                rows_BK[chunk], scores_BK[chunk] = found
+                rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, states, hidden, k, n, allowed_V)
         return Lists(rows_BK, scores_BK, popular_B)
 
     @torch.inference_mode()
@@ -134,8 +138,8 @@ class Recommender:
         read = histories.last(self.model.settings.length)
         padded_B = (read.lengths + POSITIONS - 1) // POSITIONS * POSITIONS
         out_BE = self.scan.vectors_VE.new_zeros(len(read), self.scan.vectors_VE.shape[1])
-        for positions in padded_B[padded_B > 0].unique().tolist():
-            for chunk in (padded_B == positions).nonzero().flatten().split(max(1, TOKENS // positions)):
+        for positions in sorted(set(padded_B.tolist()) - {0}):
+            for chunk in torch.split((padded_B == positions).nonzero().flatten(), max(1, TOKENS // positions)):
                 part = _take(read, chunk)
                 mask_BT, rows_BT = part.mask(positions), part.padded(positions)
                 times_BT = torch.zeros_like(rows_BT).masked_scatter_(mask_BT, part.times)
@@ -149,38 +153,38 @@ class Recommender:
         history: Sequence[int | str],
         k: int = 10,
         *,
+        times: Sequence[int] | None = None,
         now: int | None = None,
         filter_seen: bool = True,
         deny: Sequence[int | str] = (),
         allow: Sequence[int | str] | None = None,
         ignore_unknown: bool = False,
-        find: Callable[[int | str], int] | None = None,
+        find: Find | None = None,
     ) -> dict[str, Any]:
         """One list with ids and titles, ready for JSON: bundle, source, unknown (words that are no item), items.
 
-        `find` turns a word of the history into a row: by id or title (default), or by one of them alone; `deny` and `allow`
-        are item ids. Raises RequestError: an unknown item, unless `ignore_unknown`; k below 1.
+        `history` holds ids or titles (`find`: one of them alone), `times` the second of each; `deny` and `allow` hold ids.
+        Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; as recommend.
         """
+        if times is not None and len(times) != len(history):
+            raise RequestError(f"{len(times)} times for {len(history)} events; give one for each, or none")
+        if now is not None and times is None:
+            raise RequestError("now is given without times; give the time of each event")
         unknown: list[int | str] = []
-
-        def rows(words: Iterable[int | str], find: Callable[[int | str], int]) -> list[int]:
-            found = []
-            for word in words:
-                try:
-                    found.append(find(word))
-                except RequestError:
-                    if not ignore_unknown:
-                        raise
-                    unknown.append(word)
-            return found
-
-        read = rows(history, find or self.catalogue.resolve)
-        denied, allowed = rows(deny, self.catalogue.by_id), None if allow is None else rows(allow, self.catalogue.by_id)
-        lists = self.recommend(Batch.of([read]), k, now, filter_seen, denied, allowed)
-        pairs = [(row, score) for row, score in zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True) if row]
+        known = partial(self.catalogue.known, unknown=unknown if ignore_unknown else None)
+        events = [
+            (row, time)
+            for row, time in zip(known(history, find or self.catalogue.resolve), times or [0] * len(history), strict=True)
+            if row is not None
+        ]
+        batch = Batch.of([[row for row, _ in events]], [[time for _, time in events]])
+        denied = [row for row in known(deny, self.catalogue.by_id) if row is not None]
+        allowed = None if allow is None else [row for row in known(allow, self.catalogue.by_id) if row is not None]
+        lists = self.recommend(batch, k, now, filter_seen, denied, allowed)
         items = [
             {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}
-            for rank, (row, score) in enumerate(pairs, 1)
+            for rank, (row, score) in enumerate(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True), 1)
+            if row != PADDING
         ]
         return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
 
@@ -189,6 +193,12 @@ class Recommender:
         read = histories.last(self.model.settings.length)
         known_N = (read.values >= FIRST_ITEM) & (read.values < FIRST_ITEM + self.items)
         return torch.bincount(read.owners[known_N], minlength=len(read)) > 0
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """The id of a bundle: of all that its manifest says but for the clock, the files' hashes included by way of the run's."""
+    said = {key: value for key, value in manifest.items() if key not in ("clock", "id", "format", "files", "hash")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _search(

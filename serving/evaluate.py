@@ -21,7 +21,7 @@ from serving.baselines import BASELINES
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.lists import Lister, Lists
-from serving.tables import lists_frame, write_frames
+from serving.tables import lists_columns, lists_frame, write_frames
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,7 +64,7 @@ class Report:
 
     def write_lists(self, path: Path) -> None:
         """Write `frame` as Parquet, whole or not at all."""
-        write_frames([self.frame()], path, {"bundle": self.bundle})
+        write_frames([self.frame()], lists_columns(self.user_ids, self.catalogue), path, {"bundle": self.bundle})
 
 
 def evaluate(
@@ -106,7 +106,7 @@ def evaluate(
         if not len(owners_P):
             raise DataError(f"the {split} split has no user with a history and a target; give more events or another [split]")
         figures[name] = measure(ranks_P, owners_P, len(users_U), tuple(ks))
-        own, judged = own or lists, len(owners_P.unique())
+        own, judged = own or lists, len(torch.unique(owners_P))
     assert own is not None  # the model is always judged
     user_ids = dataset.user_ids.gather(users_U.numpy())
     return Report(recommender.id, split, repeats, judged, figures, own, user_ids, recommender.catalogue)

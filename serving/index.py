@@ -143,7 +143,8 @@ class Index:
             for name, value in before.items():
                 getattr(faiss, f"set_deserialization_{name}")(value)
         if (index.ntotal, index.d) != shape:
-            raise BundleError(f"{path}: {index.ntotal} items of width {index.d}, the model has {shape}; export the bundle again")
+            found = (index.ntotal, index.d)
+            raise BundleError(f"{path}: items and width are {found}, the model's {shape}; export the bundle again")
         return cls(index, kind, settings, threads)
 
     def write(self, path: Path) -> None:
@@ -162,16 +163,16 @@ class Index:
             parameters = faiss.SearchParametersHNSW(efSearch=max(self.settings.breadth, n), **chosen)
         else:
             parameters = faiss.SearchParameters(**chosen)
-        on_gpu = self._gpu is not None and allowed_V is None and n <= GPU_CANDIDATES
-        index = self._gpu if on_gpu else self._index
+        index = self._index if self._gpu is None or allowed_V is not None or n > GPU_CANDIDATES else self._gpu
         scores_BN, lines_BN = index.search(states_BE.float().cpu().contiguous().numpy(), n, params=parameters)
         scores, lines = torch.from_numpy(scores_BN).to(states_BE.device), torch.from_numpy(lines_BN).to(states_BE.device)
         return lines, scores.masked_fill(lines < 0, -torch.inf)
 
 
 def lists(items: int) -> int:
-    """IVF lists for so many items: the power of two below 4 √items, fewer where there are too few items to learn them."""
-    return 2 ** int(math.log2(max(1.0, min(4 * math.sqrt(items), items / POINTS))))
+    """IVF lists for so many items: the power of two nearest to 4 √items, fewer where there are too few items to learn them."""
+    learnable = int(math.log2(max(1.0, items / POINTS)))
+    return 1 << min(round(math.log2(4 * math.sqrt(items))), learnable)
 
 
 def _faiss() -> Any:

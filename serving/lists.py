@@ -41,8 +41,8 @@ class Lists:
     def joined(parts: Sequence[Lists], k: int) -> Lists:
         """The lists of consecutive batches as one; none: no lists of k places."""
         none = Lists(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0, dtype=torch.bool))
-        columns = [torch.cat(column) for column in zip(*((p.rows.cpu(), p.scores.cpu(), p.popular.cpu()) for p in (none, *parts)), strict=True)]
-        return Lists(*columns)
+        columns = zip(*((part.rows, part.scores, part.popular) for part in (none, *parts)), strict=True)
+        return Lists(*(torch.cat([tensor.cpu() for tensor in column]) for column in columns))
 
 
 class Lister(Protocol):

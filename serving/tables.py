@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,18 @@ from serving.lists import Lists
 
 if TYPE_CHECKING:
     import polars as pl
+
+ROW_GROUP = 2**18
+"""Rows of a row group."""
+ONE_PAGE = 2**30
+"""Bytes of a data page: with one page a column and row group, the bytes do not depend on how the rows came."""
+
+
+def lists_columns(user_ids: pl.Series, catalogue: Catalogue) -> dict[str, pl.DataType]:
+    """Names and types of the columns of lists_frame."""
+    import polars as pl
+
+    return {"user_id": user_ids.dtype, "item_id": catalogue.items["item_id"].dtype, "rank": pl.Int32(), "score": pl.Float32()}
 
 
 def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.DataFrame:
@@ -34,37 +46,37 @@ def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.D
     )
 
 
-def write_frames(frames: Iterable[pl.DataFrame], path: Path, metadata: Mapping[str, str]) -> int:
-    """Write frames as the row groups of one Parquet file, whole or not at all; how many rows there are.
+def write_frames(
+    frames: Iterable[pl.DataFrame], columns: Mapping[str, pl.DataType], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write frames one below the other as Parquet, whole or not at all; the same frames give the same bytes.
 
-    The same frames give the same bytes. Raises RecsysError: the file cannot be written.
+    `columns` are those of lists_frame. Raises RecsysError: the file cannot be written.
     """
-    import pyarrow.parquet as parquet
+    import polars as pl
+    from polars.io.plugins import register_io_source
 
-    temporary, writer, rows = path.with_name(f".{path.name}.tmp"), None, 0
+    def source(chosen: list[str] | None, *_: object) -> Iterator[pl.DataFrame]:
+        for frame in frames:
+            yield frame if chosen is None else frame.select(chosen)
+
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for frame in frames:
-            table = frame.to_arrow()
-            if writer is None:
-                writer = parquet.ParquetWriter(temporary, table.schema.with_metadata(dict(metadata)), compression="zstd")
-            writer.write_table(table, row_group_size=max(1, len(table)))
-            rows += len(table)
-        if writer is not None:
-            writer.close()
-            _flush(temporary)
-            os.replace(temporary, path)
-            _flush(path.parent)
+        temporary.touch()
+        register_io_source(source, schema=pl.Schema(columns)).sink_parquet(
+            temporary,
+            compression="zstd",
+            row_group_size=ROW_GROUP,
+            data_page_size=ONE_PAGE,
+            metadata=dict(metadata),
+            sync_on_close="all",
+        )
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         raise RecsysError(f"{path}: cannot be written ({error.strerror}); give another place") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return rows
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import pytest
 
@@ -152,6 +153,13 @@ def test_a_dependency_is_installed_and_within_its_bounds(line, found):
     assert finding.found.endswith(found)
     if found:
         assert shlex.split(finding.fix)[-1] == line
+
+
+def test_requirements_that_cannot_be_read_are_findings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    finding = doctor.check_dependency("numpy>=2,<3")
+    assert not finding.ok
+    assert finding.fix.endswith("-m pip install packaging")
 
 
 def test_a_machine_with_nothing_but_python_gets_findings_and_no_traceback(monkeypatch):

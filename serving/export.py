@@ -1,0 +1,111 @@
+"""Make a bundle of a run: its model, the item vectors, the index, and what the index costs and finds."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from features.dataset import Dataset
+from recsys import __version__
+from recsys.batch import gather
+from recsys.bundle import MANIFEST, open_directory, publish
+from recsys.errors import BundleError
+from recsys.model import WEIGHTS
+from serving.catalogue import ITEMS
+from serving.engine import VECTORS, Recommender, identity
+from serving.index import INDEX, Index, IndexSettings, Scan
+
+QUERIES = 512
+"""Queries by which the index is measured."""
+DEPTH = 100
+"""Candidates of a query that are compared with exact search."""
+
+
+def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Write the bundle `out`, whole or not at all, and return its manifest.
+
+    The index is measured by histories of the data set, or without one by item vectors with noise. The same run and settings
+    give the same bytes but for the manifest's `clock`. Raises BundleError: no finished run, or one that was altered.
+    """
+    source = run / "model" if (run / "model" / MANIFEST).is_file() else run
+    model = open_directory(source).manifest
+    if model["kind"] != "model":
+        raise BundleError(f"{run}: holds a {model['kind']}, not a run; give the directory that `recsys train` wrote")
+    recommender = Recommender.load(source, verify=False)
+    vectors_VE = recommender.scan.vectors_VE.detach().contiguous()
+    started = time.perf_counter()
+    index = Index.build(vectors_VE, settings)
+    seconds = time.perf_counter() - started
+    queries_BE, queries = _queries(recommender, dataset)
+    measured, query_ms = measure_index(index, vectors_VE, queries_BE)
+    manifest = {
+        **{key: value for key, value in model.items() if key not in ("format", "files", "hash")},
+        "kind": "bundle",
+        "version": __version__,
+        "run": model["hash"],
+        "recipe": {**model["recipe"], IndexSettings.section: settings.as_dict()},
+        "index": {"kind": index.kind, **measured, "queries": queries},
+        "clock": {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "index_seconds": round(seconds, 2),
+            "query_ms": round(query_ms, 4),
+            "run": model.get("clock", {}),
+        },
+    }
+    manifest["id"] = identity(manifest)
+    writers = {
+        WEIGHTS: lambda path: _copy(source / WEIGHTS, path),
+        ITEMS: lambda path: _copy(source / ITEMS, path),
+        VECTORS: lambda path: save_file({"vectors": vectors_VE}, path),
+        INDEX: index.write,
+    }
+    return publish(out, writers, manifest).manifest
+
+
+def measure_index(index: Index, vectors_VE: Tensor, queries_BE: Tensor) -> tuple[dict[str, float], float]:
+    """Recall@100 against exact search, and the median milliseconds of one query on one thread."""
+    depth, found = min(DEPTH, len(vectors_VE)), 0
+    scan, before, index.threads = Scan(vectors_VE), index.threads, 1
+    times = []
+    for query_1E in torch.split(queries_BE, 1):
+        exact_1N, _ = scan.search(query_1E, depth)
+        started = time.perf_counter()
+        lines_1N, _ = index.search(query_1E, depth)
+        times.append(time.perf_counter() - started)
+        found += int(torch.isin(exact_1N, lines_1N).sum())
+    index.threads = before
+    return {f"recall@{DEPTH}": round(found / (depth * len(queries_BE)), 6)}, 1000 * statistics.median(times)
+
+
+def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor, str]:
+    """What the index is measured by, and its name: states of evenly chosen users, or item vectors with noise as long as they."""
+    if dataset is not None:
+        sequences = recommender.catalogue.align(dataset)
+        begins_U, ends_U, _ = sequences.windows("test")
+        users_U = (ends_U > begins_U).nonzero().flatten()
+        users_B = users_U[_spread(len(users_U))]
+        if len(users_B):
+            history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
+            return recommender.encode(history), "histories"
+    vectors_VE = recommender.scan.vectors_VE
+    chosen_BE = vectors_VE[_spread(len(vectors_VE))]
+    noise_BE = torch.randn(chosen_BE.shape, generator=torch.Generator().manual_seed(0))
+    return chosen_BE + noise_BE * (chosen_BE.norm(dim=1, keepdim=True) / chosen_BE.shape[1] ** 0.5), "items with noise"
+
+
+def _spread(count: int) -> Tensor:
+    """At most QUERIES numbers below `count`, evenly."""
+    chosen = min(QUERIES, count)
+    return torch.arange(chosen) * count // max(chosen, 1)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

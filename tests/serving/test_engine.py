@@ -1,0 +1,304 @@
+"""What a recommender promises: parity, filters, full lists, and no altered bundle."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from features.dataset import Dataset
+from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
+from recsys.errors import BundleError, RequestError
+from serving.engine import Recommender, identity
+from serving.evaluate import evaluate
+from serving.export import export
+from serving.index import INDEXES, IndexSettings
+from serving.lists import Lists
+from serving.nightly import nightly
+from tests.serving.conftest import LENGTH, write_run
+
+K = 37
+
+
+@pytest.fixture(scope="module", params=["run", *INDEXES])
+def recommender(request: pytest.FixtureRequest, run: Path, bundles: dict[str, Path]) -> Recommender:
+    return Recommender.load(run if request.param == "run" else bundles[request.param])
+
+
+def every_history(dataset: Dataset) -> list[list[int]]:
+    s = dataset.sequences
+    return [s.items[start:end].tolist() for start, end in zip(s.offsets[:-1], s.offsets[1:], strict=True)]
+
+
+def same(left: Lists, right: Lists) -> bool:
+    """Bit for bit."""
+    return torch.equal(left.rows, right.rows) and torch.equal(left.scores, right.scores)
+
+
+def test_a_history_gets_the_same_list_alone_and_in_any_batch(recommender: Recommender, dataset: Dataset) -> None:
+    histories = every_history(dataset)
+    alone = Lists.joined([recommender.recommend(Batch.of([history]), K) for history in histories], K)
+    for size in (7, 32, len(histories)):
+        batches = [histories[start : start + size] for start in range(0, len(histories), size)]
+        assert same(Lists.joined([recommender.recommend(Batch.of(batch), K) for batch in batches], K), alone)
+    order = torch.randperm(len(histories), generator=torch.Generator().manual_seed(1))
+    shuffled = recommender.recommend(Batch.of([histories[place] for place in order]), K)
+    assert torch.equal(shuffled.rows, alone.rows[order])
+    assert torch.equal(shuffled.scores, alone.scores[order])
+
+
+def test_the_number_of_threads_changes_no_list(recommender: Recommender, dataset: Dataset) -> None:
+    histories = Batch.of(every_history(dataset))
+    one = recommender.recommend(histories, K)
+    torch.set_num_threads(2)
+    try:
+        assert same(recommender.recommend(histories, K), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1},
+        {"length": 7, "embedding_size": 37, "hidden_size": 101, "heads": 1},
+        {"length": 200, "embedding_size": 64, "hidden_size": 256},
+        {"length": 17, "similarity": "cosine", "temperature": 0.07},
+    ],
+    ids=str,
+)
+def test_the_shape_of_the_model_does_not_matter_to_parity(shape: dict[str, int], dataset: Dataset, tmp_path: Path) -> None:
+    recommender = Recommender.load(write_run(tmp_path / "run", dataset, **shape))
+    histories = every_history(dataset)
+    alone = torch.cat([recommender.encode(Batch.of([history])) for history in histories])
+    assert torch.equal(recommender.encode(Batch.of(histories)), alone)
+
+
+def test_a_state_is_the_models_own_state(recommender: Recommender, dataset: Dataset) -> None:
+    histories = Batch.of(every_history(dataset))
+    torch.testing.assert_close(recommender.encode(histories), recommender.model.encode(histories), rtol=1e-4, atol=1e-4)
+
+
+def test_nightly_online_and_offline_name_the_same_items_in_the_same_order(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
+    import polars as pl
+
+    nightly(recommender, dataset, tmp_path / "lists.parquet", k=K)
+    at_night = pl.read_parquet(tmp_path / "lists.parquet").group_by("user_id", maintain_order=True).agg("item_id", "score")
+    for history, items, scores in zip(every_history(dataset), at_night["item_id"], at_night["score"], strict=True):
+        online = recommender.answer([recommender.catalogue.item_id(row) for row in history], K)["items"]
+        assert [item["item_id"] for item in online] == items.to_list()
+        assert [item["score"] for item in online] == scores.to_list()
+    report = evaluate(recommender, dataset, "validation", ks=(K,), baselines=False)
+    begins, ends, targets = dataset.sequences.windows("validation")
+    judged = ((ends > begins) & (targets > ends)).nonzero().flatten()
+    for user, rows in zip(judged, report.lists.rows, strict=True):
+        history = dataset.sequences.items[begins[user] : ends[user]].tolist()
+        online = recommender.answer([recommender.catalogue.item_id(row) for row in history], K)["items"]
+        assert [item["item_id"] for item in online] == [recommender.catalogue.item_id(row) for row in rows.tolist()]
+
+
+def test_an_exact_bundle_and_the_run_it_was_made_of_answer_the_same(
+    run: Path, bundles: dict[str, Path], dataset: Dataset
+) -> None:
+    histories = Batch.of(every_history(dataset))
+    lists = Recommender.load(run).recommend(histories, K)
+    assert same(Recommender.load(bundles["exact"]).recommend(histories, K), lists)
+    assert same(Recommender.load(bundles["ivf"], exact=True).recommend(histories, K), lists)
+    assert same(Recommender.load(bundles["ivf"]).with_exact_search().recommend(histories, K), lists)
+
+
+@cache
+def tied(kind: str) -> Callable[[Path], Recommender]:
+    """A recommender whose items come in sevens of the same vector, so that ties stand at every border."""
+
+    @cache
+    def load(bundle: Path) -> Recommender:
+        recommender = Recommender.load(bundle)
+        vectors_VE = recommender.scan.vectors_VE
+        vectors_VE.copy_(vectors_VE[torch.arange(len(vectors_VE)) // 7])
+        if kind != "exact":
+            return Recommender.load(bundle)
+        from serving.index import Index
+
+        recommender.searcher = Index.build(vectors_VE, IndexSettings(kind="exact"))
+        return recommender
+
+    return load
+
+
+def brute_force(recommender: Recommender, history: list[int], k: int, banned: set[int], allow: list[int] | None) -> list[int]:
+    """The k best rows by float64 scores rounded to float32, ties by row; no code of the engine but its state."""
+    state_E = recommender.encode(Batch.of([history]))[0].double().numpy()
+    scores_V = (recommender.scan.vectors_VE.double().numpy() * state_E).sum(1).astype(np.float32)
+    rows = [row for row in range(FIRST_ITEM, FIRST_ITEM + recommender.items) if row not in banned]
+    rows = [row for row in rows if allow is None or row in set(allow)]
+    return sorted(rows, key=lambda row: (-scores_V[row - FIRST_ITEM], row))[:k]
+
+
+ROWS = st.integers(FIRST_ITEM, FIRST_ITEM + 996)
+HISTORY = st.lists(ROWS, min_size=1, max_size=70)
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    histories=st.lists(HISTORY, min_size=1, max_size=5),
+    k=st.integers(1, 300) | st.integers(900, 1100),
+    deny=st.lists(ROWS, max_size=20),
+    allow=st.none() | st.lists(ROWS, max_size=150),
+    filter_seen=st.booleans(),
+)
+def test_no_forbidden_item_is_named_and_lists_are_as_full_as_they_can_be(
+    kind: str,
+    bundles: dict[str, Path],
+    histories: list[list[int]],
+    k: int,
+    deny: list[int],
+    allow: list[int] | None,
+    filter_seen: bool,
+) -> None:
+    recommender = tied(kind)(bundles[kind])
+    lists = recommender.recommend(Batch.of(histories), k, filter_seen=filter_seen, deny=deny, allow=allow)
+    short = 0
+    for history, rows, scores in zip(histories, lists.rows.tolist(), lists.scores, strict=True):
+        named = [row for row in rows if row != PADDING]
+        banned = set(deny) | (set(history) if filter_seen else set())
+        possible = {row for row in range(FIRST_ITEM, FIRST_ITEM + recommender.items) if row not in banned}
+        possible &= possible if allow is None else set(allow)
+        assert set(named) <= possible
+        assert len(named) == len(set(named)) == min(k, len(possible))
+        assert rows[len(named) :] == [PADDING] * (k - len(named))
+        assert (scores[len(named) :] == -torch.inf).all()
+        order = list(zip((-scores[: len(named)]).tolist(), named, strict=True))
+        assert order == sorted(order)
+        known = any(row < FIRST_ITEM + recommender.items for row in history[-LENGTH:])
+        if known and (recommender.searcher.exact or allow is not None):
+            assert named == brute_force(recommender, history, k, banned, allow)
+        short += len(named) < k
+    assert lists.underfilled == short
+
+
+def test_an_unknown_history_gets_the_most_popular_items(run: Path) -> None:
+    recommender = Recommender.load(run)
+    cold = FIRST_ITEM + recommender.items
+    known = FIRST_ITEM + 3
+    histories = [[], [cold], [known], [FIRST_ITEM + 1, *[cold] * LENGTH]]
+    lists = recommender.recommend(Batch.of(histories), 5, deny=[FIRST_ITEM + 2])
+    assert lists.sources == ["popularity", "popularity", "model", "popularity"]
+    assert lists.rows[0].tolist() == lists.rows[1].tolist() == [FIRST_ITEM + line for line in (0, 1, 3, 4, 5)]
+    assert lists.rows[3].tolist() == [FIRST_ITEM + line for line in (0, 3, 4, 5, 6)]
+    assert lists.scores[0].tolist() == [recommender.catalogue.events[line] for line in (0, 1, 3, 4, 5)]
+
+
+def test_events_after_now_are_not_read(recommender: Recommender, dataset: Dataset) -> None:
+    s = dataset.sequences
+    users = torch.arange(50, 61)
+    now = int(s.times[s.offsets[55]] + 60 * 5)
+    histories = gather(s.items, s.times, s.offsets[users], s.offsets[users + 1])
+    cut = [s.items[s.offsets[user] : s.offsets[user + 1]][s.times[s.offsets[user] : s.offsets[user + 1]] <= now] for user in users]
+    lists = recommender.recommend(histories, K, now=now)
+    assert same(lists, recommender.recommend(Batch.of([rows.tolist() for rows in cut]), K))
+    assert "popularity" in lists.sources
+
+
+def test_k_below_one_is_refused(recommender: Recommender) -> None:
+    with pytest.raises(RequestError, match="k is 0"):
+        recommender.recommend(Batch.of([[2]]), 0)
+
+
+def test_no_histories_get_no_lists(recommender: Recommender) -> None:
+    assert recommender.recommend(Batch.of([]), 3).rows.shape == (0, 3)
+
+
+def test_an_answer_names_items_as_the_input_did(run: Path, dataset: Dataset) -> None:
+    recommender = Recommender.load(run)
+    answer = recommender.answer(["Story 5 of 997", "story 7 OF 997", 11, "13"], 3)
+    lists = recommender.recommend(Batch.of([[recommender.catalogue.by_id(item) for item in (5, 7, 11, 13)]]), 3)
+    assert [item["item_id"] for item in answer["items"]] == [dataset.items["item_id"][row - FIRST_ITEM] for row in lists.rows[0].tolist()]
+    assert [item["title"] for item in answer["items"]] == [f"Story {item['item_id']} of 997" for item in answer["items"]]
+    assert [item["rank"] for item in answer["items"]] == [1, 2, 3]
+    assert json.loads(json.dumps(answer)) == answer
+
+
+def test_an_unknown_item_is_named_with_the_nearest_title_or_counted(run: Path) -> None:
+    recommender = Recommender.load(run)
+    with pytest.raises(RequestError, match=r"'Storie 5 of 997'.*'Story 5 of 997'"):
+        recommender.answer(["Storie 5 of 997"])
+    answer = recommender.answer(["nothing", 3, "none"], times=[1, 2, 3], now=2, ignore_unknown=True)
+    assert answer["unknown"] == ["nothing", "none"]
+    assert answer["items"] == recommender.answer([3])["items"]
+
+
+def test_times_and_now_must_fit_the_history(run: Path) -> None:
+    recommender = Recommender.load(run)
+    with pytest.raises(RequestError, match="1 times for 2 events"):
+        recommender.answer([1, 2], times=[3])
+    with pytest.raises(RequestError, match="without times"):
+        recommender.answer([1, 2], now=3)
+
+
+def test_a_bundle_with_one_altered_byte_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    names = sorted(file.name for file in bundles["ivf"].iterdir())
+    assert names == ["index.faiss", "items.parquet", "manifest.json", "vectors.safetensors", "weights.safetensors"]
+    for name in names[:2] + names[3:]:
+        shutil.copytree(bundles["ivf"], tmp_path / name)
+        content = bytearray((tmp_path / name / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(BundleError, match=name):
+            Recommender.load(tmp_path / name)
+
+
+def test_no_altered_byte_of_a_manifest_changes_what_is_served(bundles: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bundles["exact"], tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / "manifest.json"
+    content, draw = manifest.read_bytes(), random.Random(3)
+    sound = json.loads(content)
+    refused = 0
+    for _ in range(211):
+        altered = bytearray(content)
+        altered[draw.randrange(len(content))] ^= 1 << draw.randrange(7)
+        manifest.write_bytes(altered)
+        try:
+            found = Recommender.load(tmp_path / "bundle").manifest
+        except BundleError:
+            refused += 1
+        else:
+            assert {**found, "clock": 0} == {**sound, "clock": 0} or identity(found) == found["id"]
+    assert refused > 150
+
+
+def test_a_bundle_of_another_format_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bundles["exact"], tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(BundleError, match="format 2"):
+        Recommender.load(tmp_path / "bundle")
+
+
+def test_a_bundle_is_the_same_bytes_when_made_again(run: Path, bundles: dict[str, Path], dataset: Dataset, tmp_path: Path) -> None:
+    for kind, bundle in bundles.items():
+        export(run, tmp_path / kind, IndexSettings(kind=kind, probes=5), dataset)
+        for file in bundle.iterdir():
+            if file.name != "manifest.json":
+                assert file.read_bytes() == (tmp_path / kind / file.name).read_bytes()
+        old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (bundle, tmp_path / kind))
+        assert {**old, "clock": 0} == {**new, "clock": 0}
+        assert old["index"]["recall@100"] == 1 if kind == "exact" else 0.2 < old["index"]["recall@100"] <= 1
+
+
+def test_a_bundle_is_made_without_a_data_set_too_and_not_of_a_bundle(run: Path, tmp_path: Path) -> None:
+    manifest = export(run, tmp_path / "bundle", IndexSettings())
+    assert manifest["index"]["queries"] == "items with noise"
+    assert manifest["index"]["kind"] == "exact"
+    with pytest.raises(BundleError, match="not a run"):
+        export(tmp_path / "bundle", tmp_path / "other", IndexSettings())

@@ -1,0 +1,142 @@
+"""Every kind of index, by one contract; and the settings that choose it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.errors import BundleError
+from serving.index import INDEX, INDEXES, Index, IndexSettings, Scan, lists
+
+ITEMS, WIDTH, QUERIES, N = 1999, 23, 17, 31
+
+
+def vectors(items: int = ITEMS, seed: int = 3) -> torch.Tensor:
+    """Points around 29 centres, which an index can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(29, WIDTH, generator=generator)
+    return centres[torch.arange(items) % 29] + 0.5 * torch.randn(items, WIDTH, generator=generator)
+
+
+QUERIES_BE = vectors(QUERIES, seed=4)
+EVEN_V = torch.arange(ITEMS) % 2 == 0
+
+
+@pytest.fixture(params=INDEXES)
+def index(request: pytest.FixtureRequest) -> Index:
+    return Index.build(vectors(), IndexSettings(kind=request.param, probes=16))
+
+
+def recall(index: Index | Scan, allowed_V: torch.Tensor | None = None) -> float:
+    truth_BN = (QUERIES_BE @ vectors().T).masked_fill(torch.zeros(ITEMS) > 0 if allowed_V is None else ~allowed_V, -torch.inf)
+    lines_BN, _ = index.search(QUERIES_BE, N, allowed_V)
+    pairs = zip(truth_BN.topk(N).indices, lines_BN, strict=True)
+    return sum(int(torch.isin(truth, found).sum()) for truth, found in pairs) / (QUERIES * N)
+
+
+def test_an_index_finds_nearly_what_an_exact_search_finds(index: Index) -> None:
+    assert recall(index) > (0.99999 if index.exact else 0.9)
+
+
+def test_scores_fall_and_are_those_of_the_lines(index: Index) -> None:
+    lines_BN, scores_BN = index.search(QUERIES_BE, N)
+    assert (scores_BN.diff() <= 0).all()
+    torch.testing.assert_close(scores_BN, (QUERIES_BE[:, None] * vectors()[lines_BN]).sum(2), rtol=0.02, atol=0.1)
+
+
+def test_only_allowed_lines_are_found(index: Index) -> None:
+    lines_BN, _ = index.search(QUERIES_BE, N, EVEN_V)
+    assert (lines_BN % 2 == 0).all()
+    assert recall(index, EVEN_V) > 0.8
+
+
+def test_a_search_for_more_than_there_is_ends_in_no_lines(index: Index) -> None:
+    allowed_V = torch.arange(ITEMS) == 13
+    lines_BN, scores_BN = index.search(QUERIES_BE, N, allowed_V)
+    assert set(lines_BN.flatten().tolist()) <= {13, -1}
+    assert (scores_BN[lines_BN == -1] == -torch.inf).all()
+
+
+def test_a_query_finds_the_same_alone_and_among_others(index: Index) -> None:
+    together = index.search(QUERIES_BE[:16], N)
+    alone = [index.search(query_1E, N) for query_1E in torch.split(QUERIES_BE[:16], 1)]
+    assert torch.equal(together[0], torch.cat([lines for lines, _ in alone]))
+    assert torch.equal(together[1], torch.cat([scores for _, scores in alone]))
+
+
+def test_an_index_is_read_as_it_was_written_and_written_the_same_again(index: Index, tmp_path: Path) -> None:
+    index.write(tmp_path / INDEX)
+    again = Index.build(vectors(), index.settings, threads=2)
+    again.write(tmp_path / "again")
+    read = Index.load(tmp_path / INDEX, index.kind, index.settings, (ITEMS, WIDTH), threads=1)
+    assert (tmp_path / INDEX).read_bytes() == (tmp_path / "again").read_bytes()
+    for left, right in zip(index.search(QUERIES_BE, N), read.search(QUERIES_BE, N), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_an_index_of_other_items_is_refused(index: Index, tmp_path: Path) -> None:
+    index.write(tmp_path / INDEX)
+    with pytest.raises(BundleError, match="1999, 23"):
+        Index.load(tmp_path / INDEX, index.kind, index.settings, (ITEMS - 1, WIDTH))
+
+
+def test_a_cut_index_is_refused_in_one_line_and_the_limits_of_reading_come_back(index: Index, tmp_path: Path) -> None:
+    import faiss
+
+    before = faiss.get_deserialization_loop_limit(), faiss.get_deserialization_vector_byte_limit()
+    index.write(tmp_path / INDEX)
+    content = (tmp_path / INDEX).read_bytes()
+    (tmp_path / INDEX).write_bytes(content[: len(content) // 3])
+    with pytest.raises(BundleError, match="cannot read"):
+        Index.load(tmp_path / INDEX, index.kind, index.settings, (ITEMS, WIDTH))
+    assert (faiss.get_deserialization_loop_limit(), faiss.get_deserialization_vector_byte_limit()) == before
+
+
+@pytest.mark.parametrize("allowed_V", [None, EVEN_V, torch.arange(ITEMS) % 7 == 0], ids=["all", "many", "few"])
+def test_a_scan_is_exact(allowed_V: torch.Tensor | None) -> None:
+    assert recall(Scan(vectors()), allowed_V) == 1
+
+
+def test_a_scan_for_more_than_there_is_ends_in_no_lines() -> None:
+    for allowed_V in (EVEN_V, torch.arange(ITEMS) < 5):
+        lines_BN, scores_BN = Scan(vectors()).search(QUERIES_BE, ITEMS + 3, allowed_V)
+        count = int(allowed_V.sum())
+        assert lines_BN.shape == (QUERIES, ITEMS + 3)
+        assert (lines_BN[:, :count] >= 0).all()
+        assert (lines_BN[:, count:] == -1).all()
+        assert (scores_BN[:, count:] == -torch.inf).all()
+
+
+def test_probes_and_breadth_buy_recall() -> None:
+    for kind, narrow, wide in (("ivf", {"probes": 1}, {"probes": 16}), ("hnsw", {"breadth": 1}, {"breadth": 400})):
+        low, high = (
+            Index.build(vectors(), IndexSettings(kind=kind, **chosen))  # type: ignore[arg-type]
+            for chosen in (narrow, wide)
+        )
+        assert recall(low) < recall(high) or (kind == "hnsw" and recall(high) > 0.9)
+
+
+def test_auto_is_exact_up_to_exact_items_then_ivf() -> None:
+    settings = IndexSettings(exact_items=1009)
+    assert (settings.chosen(1009), settings.chosen(1010)) == ("exact", "ivf")
+    assert IndexSettings(kind="hnsw").chosen(7) == "hnsw"
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "flat"}, {"probes": 0}, {"breadth": 0}, {"exact_items": -1}])
+def test_a_setting_out_of_range_is_refused_and_named(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        IndexSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_lists_are_many_enough_to_be_short_and_few_enough_to_be_learnt() -> None:
+    assert [lists(items) for items in (1, 50, 1_999, 100_000, 1_000_000)] == [1, 1, 32, 1024, 4096]
+
+
+@pytest.mark.gpu
+def test_a_gpu_index_finds_what_the_cpu_index_finds(index: Index) -> None:
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or index.kind == "hnsw":
+        pytest.skip("needs FAISS for GPU, and a kind that it has")
+    assert index._gpu is not None
+    assert recall(index) > 0.9
