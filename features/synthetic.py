@@ -22,7 +22,17 @@ from features.world import SHORTEST, SUCCESSOR_WEIGHTS, Bools, Floats, Ints, Syn
 from recsys.batch import FIRST_ITEM
 from recsys.errors import DataError
 
-__all__ = ["SESSION_GAP", "SyntheticSettings", "World", "best_possible", "best_possible_of", "generate", "read_world", "simulate", "write"]
+__all__ = [
+    "SESSION_GAP",
+    "SyntheticSettings",
+    "World",
+    "best_possible",
+    "best_possible_of",
+    "generate",
+    "read_world",
+    "simulate",
+    "write",
+]
 
 SESSION_GAP = 4 * 3600
 """Seconds: the shortest gap before a new session; gaps within a session are below 30 minutes."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys import __version__
-from recsys.errors import RecsysError, RequestError
+from recsys.errors import RecsysError
 
 if TYPE_CHECKING:
     from recsys.config import Recipe, Settings
@@ -28,7 +28,9 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shi
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="Directory of a run or of a bundle.")]
 DatasetPath = Annotated[Path, typer.Option("--dataset", help="Directory that `recsys features` made.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
 
@@ -61,9 +63,8 @@ def features(
     with bar("events") as progress:
         manifest = build(data, _recipe(recipe, settings), out, append=append, strict=strict, progress=progress)
     aside = sum(manifest["rows"]["quarantined"].values())
-    typer.echo(
-        f"{out}: {manifest['users']:,} users, {manifest['items']:,} items, {manifest['events']:,} events, {aside:,} rows in quarantine"
-    )
+    counted = ", ".join(f"{manifest[what]:,} {what}" for what in ("users", "items", "events"))
+    typer.echo(f"{out}: {counted}, {aside:,} rows in quarantine")
 
 
 @app.command()
@@ -106,7 +107,9 @@ def evaluate(
     path: RunOrBundle,
     dataset: DatasetPath,
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
-    repeats: Annotated[bool, typer.Option("--repeats", help="Items of the history may be recommended and are targets too.")] = False,
+    repeats: Annotated[
+        bool, typer.Option("--repeats", help="Items of the history may be recommended and are targets too.")
+    ] = False,
     baselines: Annotated[bool, typer.Option(help="Judge popularity and item-kNN beside the model.")] = True,
     lists: Annotated[Path | None, typer.Option(help="Write the ranked lists to this Parquet file.")] = None,
     json: AsJson = False,
@@ -136,7 +139,9 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a finished run.")],
     out: Annotated[Path, typer.Option(help="Directory of the bundle to make.")],
-    dataset: Annotated[Path | None, typer.Option(help="Data set whose histories measure the index; else item vectors do.")] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Data set whose histories measure the index; else item vectors do.")
+    ] = None,
     register: Annotated[bool, typer.Option(help="Register the bundle in MLflow as champion.")] = True,
     settings: Overrides = None,
 ) -> None:
@@ -167,7 +172,9 @@ def export(
 @app.command()
 def recommend(
     bundle: RunOrBundle,
-    history: Annotated[list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")],
+    history: Annotated[
+        list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")
+    ],
     k: Annotated[int, typer.Option("-k", help="Items to recommend.")] = 10,
     json: AsJson = False,
 ) -> None:
@@ -188,7 +195,9 @@ def recommend(
 @app.command()
 def explain(
     bundle: RunOrBundle,
-    history: Annotated[list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")],
+    history: Annotated[
+        list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")
+    ],
     picture: Annotated[Path | None, typer.Option(help="Write the attention of every layer as a PNG.")] = None,
     json: AsJson = False,
 ) -> None:
@@ -227,7 +236,9 @@ def nightly(
 
     with bar("users") as progress:
         summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k=k, progress=partial(progress, "nightly"))
-    typer.echo(f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second")
+    typer.echo(
+        f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second"
+    )
 
 
 @app.command()
@@ -259,12 +270,11 @@ def bundles(settings: Overrides = None, json: AsJson = False) -> None:
 @app.command()
 def doctor() -> None:
     """Show versions and devices, and whether torch, fbgemm, torchrec and faiss fit together, with the fix if not."""
-    from recsys.doctor import diagnose, render
+    from recsys.doctor import diagnose, exit_code, render
 
     findings = diagnose()
     typer.echo(render(findings))
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
+    raise typer.Exit(exit_code(findings))
 
 
 @app.callback(invoke_without_command=True)

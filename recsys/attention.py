@@ -34,18 +34,20 @@ class SASRecBlock(nn.Module):
     def _attend(self, x_BTE: Tensor) -> Tensor:
         q_BHTD, k_BHTD, v_BHTD = self._heads(x_BTE)
         out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
-        return self.attention_out(out_BHTD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # nn.Module calls are Any
+        mixed_BTE: Tensor = self.attention_out(out_BHTD.transpose(1, 2).flatten(2))
+        return mixed_BTE
 
     def _heads(self, x_BTE: Tensor) -> Tensor:
-        parts = self.query_key_value(x_BTE).unflatten(-1, (3, self.heads, -1))
-        return parts.permute(2, 0, 3, 1, 4)  # type: ignore[no-any-return]
+        parts: Tensor = self.query_key_value(x_BTE).unflatten(-1, (3, self.heads, -1))
+        return parts.permute(2, 0, 3, 1, 4)
 
     def attention_weights(self, x_BTE: Tensor) -> Tensor:
         """How much each position looks at each earlier one, shape B × H × T × T, rows sum to 1; for reading, not training."""
         q_BHTD, k_BHTD, _ = self._heads(self.attention_norm(x_BTE))
         logits_BHTT = q_BHTD @ k_BHTD.mT / q_BHTD.shape[-1] ** 0.5
         future_TT = torch.ones(logits_BHTT.shape[-2:], dtype=torch.bool, device=x_BTE.device).triu(1)
-        return logits_BHTT.masked_fill(future_TT, -torch.inf).softmax(-1)
+        weights_BHTT: Tensor = logits_BHTT.masked_fill(future_TT, -torch.inf).softmax(-1)
+        return weights_BHTT
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
@@ -57,7 +59,8 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
     threshold = round(rate * 256)
     if generator is None or threshold == 0:
         return x
-    return _Dropout.apply(x, threshold, generator)  # type: ignore[no-any-return, no-untyped-call]
+    dropped: Tensor = _Dropout.apply(x, threshold, generator)  # type: ignore[no-untyped-call]
+    return dropped
 
 
 class _Dropout(torch.autograd.Function):

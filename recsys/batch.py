@@ -122,6 +122,8 @@ class Sequences:
         start, end = self.offsets[:-1], self.offsets[1:]
         train, validation = start + self.train_end, start + self.validation_end
         try:
-            return {"train": (start, train, train), "validation": (start, train, validation), "test": (start, validation, end)}[split]
+            return {"train": (start, train, train), "validation": (start, train, validation), "test": (start, validation, end)}[
+                split
+            ]
         except KeyError:
             raise ValueError(f"split {split!r} is none of train, validation, test") from None

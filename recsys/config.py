@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -50,7 +49,10 @@ class Recipe:
         import pydantic
 
         try:
-            return _adapter(owner).validate_json(json.dumps(values, default=str))  # JSON: strict types, yet lists may be tuples
+            settings: S = pydantic.TypeAdapter(owner).validate_json(
+                json.dumps(values, default=str)
+            )  # JSON: strict, yet lists may be tuples
+            return settings
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in (owner.section, *first["loc"]))
@@ -101,13 +103,6 @@ def override(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[str]
             raise RecipeError(f"--set {text!r}: write section.key=value")
         changed.setdefault(section, {})[key] = _value(value.strip())
     return changed
-
-
-@functools.cache
-def _adapter(owner: type[S]) -> Any:
-    import pydantic
-
-    return pydantic.TypeAdapter(owner)
 
 
 def _value(text: str) -> Any:

@@ -42,7 +42,9 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
     dataset = Dataset.open(out / "dataset")
     tracking = Tracking(TrackingSettings(uri=f"sqlite:///{(out / 'mlflow.db').absolute()}"))
     with terminal.training_progress() as observe:
-        train(dataset, resolved, out / "run", name=recipe.name, device=choose_device("auto"), tracking=tracking, observe=observe)
+        train(
+            dataset, resolved, out / "run", name=recipe.name, device=choose_device("auto"), tracking=tracking, observe=observe
+        )
     with terminal.steps("demo") as tell:
         tell("export: weights, item vectors and index to a bundle")
         manifest = export(out / "run", out / "bundle", recipe.read(IndexSettings), dataset)

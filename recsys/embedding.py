@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +10,13 @@ from torch import Tensor, nn
 from recsys.errors import SetupError
 
 
-class Table(Protocol):
+class Table(nn.Module):
     """Rows of width E; calling it with rows of any shape gives their vectors."""
 
-    @property
-    def weight(self) -> Tensor: ...
-
-    def __call__(self, rows: Tensor) -> Tensor: ...
+    weight: Tensor
 
 
-class TorchTable(nn.Module):
+class TorchTable(Table):
     """A dense table in plain torch; the default, on every platform."""
 
     def __init__(self, rows: int, embedding_size: int) -> None:
@@ -31,7 +27,7 @@ class TorchTable(nn.Module):
         return nn.functional.embedding(rows, self.weight)
 
 
-class TorchrecTable(nn.Module):
+class TorchrecTable(Table):
     """The same table as a TorchRec EmbeddingCollection, which DistributedModelParallel can shard."""
 
     def __init__(self, rows: int, embedding_size: int) -> None:
@@ -39,20 +35,24 @@ class TorchrecTable(nn.Module):
         try:
             from torchrec import EmbeddingCollection, EmbeddingConfig
         except (ImportError, OSError) as error:
-            raise SetupError(f"torchrec does not load ({error}); run `recsys doctor`, or set model.embedding = \"torch\"") from None
+            raise SetupError(
+                f'torchrec does not load ({error}); run `recsys doctor`, or set model.embedding = "torch"'
+            ) from None
         config = EmbeddingConfig(name="item", embedding_dim=embedding_size, num_embeddings=rows, feature_names=["item"])
         self.collection = EmbeddingCollection(tables=[config], device=torch.empty(0).device)
 
     @property
-    def weight(self) -> Tensor:
-        return self.collection.embeddings["item"].weight  # type: ignore[no-any-return]
+    def weight(self) -> Tensor:  # type: ignore[override]  # TorchRec owns the parameter
+        weight: Tensor = self.collection.embeddings["item"].weight
+        return weight
 
     def forward(self, rows: Tensor) -> Tensor:
         from torchrec import KeyedJaggedTensor
 
         flat = rows.flatten()
         features = KeyedJaggedTensor(keys=["item"], values=flat, lengths=torch.ones_like(flat, dtype=torch.int32))
-        return self.collection(features)["item"].values().view(*rows.shape, -1)  # type: ignore[no-any-return]
+        vectors: Tensor = self.collection(features)["item"].values()
+        return vectors.view(*rows.shape, -1)
 
 
-TABLES: dict[str, Callable[[int, int], nn.Module]] = {"torch": TorchTable, "torchrec": TorchrecTable}
+TABLES: dict[str, Callable[[int, int], Table]] = {"torch": TorchTable, "torchrec": TorchrecTable}

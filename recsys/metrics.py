@@ -32,7 +32,7 @@ def target_ranks(scores_UV: Tensor, owners_P: Tensor, targets_P: Tensor) -> Tens
     """
     columns_V = torch.arange(scores_UV.shape[1], device=scores_UV.device)
     ranks = []
-    for owners, targets in zip(owners_P.split(PAIRS), targets_P.split(PAIRS), strict=True):
+    for owners, targets in zip(torch.split(owners_P, PAIRS), torch.split(targets_P, PAIRS), strict=True):
         own, rows_PV = scores_UV[owners, targets][:, None], scores_UV[owners]
         ahead_PV = (rows_PV > own) | ((rows_PV == own) & (columns_V < targets[:, None]))
         ranks.append(torch.where(own[:, 0] == -torch.inf, MISSED, ahead_PV.sum(1) + 1))

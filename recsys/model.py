@@ -92,7 +92,7 @@ class SequenceModel(nn.Module):
         return self
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """Placed states after every event of the last `length` of each history, padded on the right, shape B × T × E."""
+        """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E."""
         x_BTE = self._embed(batch, generator)
         for block in self.blocks:
             x_BTE = block(x_BTE, generator)
@@ -101,14 +101,15 @@ class SequenceModel(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """Placed state after the last event of each history, shape B × E; an empty history's state is 0."""
         batch = batch.last(self.settings.length)
-        states_BTE = self(batch)
+        states_BTE: Tensor = self(batch)
         last_B = batch.lengths - 1
         states_BE = states_BTE[torch.arange(len(batch), device=last_B.device), last_B.clamp(min=0)]
         return states_BE * (last_B >= 0)[:, None]
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Placed vectors of item rows; a further axis of width E."""
-        return place_items(self.table(rows), self.settings.similarity)
+        vectors: Tensor = self.table(rows)
+        return place_items(vectors, self.settings.similarity)
 
     def item_vectors(self) -> Tensor:
         """Placed vectors of the catalogue, shape items × E; line i belongs to row FIRST_ITEM + i."""
@@ -117,8 +118,9 @@ class SequenceModel(nn.Module):
     def attention(self, batch: Batch) -> list[Tensor]:
         """Attention weights of each block, shape B × heads × T × T."""
         x_BTE = self._embed(batch, None)
-        out = []
+        out: list[Tensor] = []
         for block in self.blocks:
+            assert isinstance(block, SASRecBlock)
             out.append(block.attention_weights(x_BTE))
             x_BTE = block(x_BTE)
         return out

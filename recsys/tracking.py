@@ -130,7 +130,9 @@ class Tracking:
                 self._choose_experiment(mlflow)
             except Exception as error:  # each store raises its own kinds
                 line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SetupError(f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off") from None
+                raise SetupError(
+                    f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off"
+                ) from None
             _READY.add(self.uri)
         return mlflow
 

@@ -77,7 +77,10 @@ class Recommender:
         """
         path = path / "model" if (path / "model" / MANIFEST).is_file() else path
         directory = open_directory(path, verify)
-        if verify and directory.manifest["kind"] == "bundle" and directory.manifest.get("id") != identity(directory.manifest):
+        kind = directory.manifest.get("kind")
+        if kind not in ("model", "bundle"):
+            raise BundleError(f"{path / MANIFEST}: holds neither a model nor a bundle but {kind!r}; give a run or a bundle")
+        if verify and kind == "bundle" and directory.manifest.get("id") != identity(directory.manifest):
             raise BundleError(f"{path / MANIFEST}: is not as it was written (its id differs); export the bundle again")
         return cls(directory, device, exact=exact, threads=threads)
 

@@ -25,7 +25,10 @@ class Attention:
     def records(self) -> list[dict[str, Any]]:
         """The share of each event in the last state, oldest first: the mean over layers and heads."""
         shares = self.weights_LHTT[:, :, -1].mean((0, 1)).tolist()
-        return [{"event": place, "title": title, "share": share} for place, (title, share) in enumerate(zip(self.titles, shares, strict=True), 1)]
+        return [
+            {"event": place, "title": title, "share": share}
+            for place, (title, share) in enumerate(zip(self.titles, shares, strict=True), 1)
+        ]
 
 
 @torch.inference_mode()
@@ -43,7 +46,7 @@ def draw(found: Attention, path: Path) -> None:
     """Write a PNG: one square a layer, the looking event down, the looked-at event across, mean over heads."""
     from matplotlib.figure import Figure
 
-    layers = found.weights_LHTT.mean(1)
+    layers = found.weights_LHTT.mean(1).numpy()
     names = [title if len(title) <= 28 else f"{title[:27]}…" for title in found.titles]
     side = max(3.0, 0.28 * len(names))
     figure = Figure(figsize=(side * len(layers) + 3.5, side + 2), layout="constrained")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+
+from features.synthetic import SyntheticSettings, write
+from recsys import __main__ as command
 
 collect_ignore = ["benchmarks"]  # measured by hand, never asserted on time
 
@@ -24,3 +30,49 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("torchrec") and importlib.util.find_spec("torchrec") is None:
         pytest.skip("needs torchrec")
+
+
+SMALL = """
+[data]
+now = 1800000000
+[model]
+embedding_size = 8
+blocks = 1
+hidden_size = 11
+length = 13
+[train]
+epochs = 2
+batch_tokens = 503
+[tracking]
+uri = "off"
+"""
+
+
+def _run(*words: object) -> int:
+    before, sys.argv = sys.argv, ["recsys", *map(str, words)]
+    try:
+        command.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., int]:
+    """run(verb, …) → the command's exit code, in this process."""
+    return _run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with raw logs, a recipe, a data set, a run and a bundle, all made by the command."""
+    folder = tmp_path_factory.mktemp("command")
+    write(SyntheticSettings(users=211, items=101, events_per_user=13), folder / "raw")
+    (folder / "small.toml").write_text(SMALL)
+    recipe = folder / "small.toml"
+    assert _run("features", recipe, "--data", folder / "raw", "--out", folder / "dataset") == 0
+    assert _run("train", recipe, "--dataset", folder / "dataset", "--out", folder / "run") == 0
+    assert _run("export", folder / "run", "--out", folder / "bundle", "--dataset", folder / "dataset") == 0
+    return folder

@@ -36,7 +36,9 @@ class EpochBatches:
     from the end backwards, so that every training event but the first is a target once.
     """
 
-    def __init__(self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int, windows: str = "last") -> None:
+    def __init__(
+        self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int, windows: str = "last"
+    ) -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         begins, ends, _ = sequences.windows("train")
         inputs = (ends - begins - 1).clamp(min=0)

@@ -112,7 +112,18 @@ class State:
     curve: list[dict[str, float]] = field(default_factory=list)
     """One entry a validation: epoch, loss and the validation figures."""
 
-    _PLAIN: ClassVar = ("epoch", "step", "steps", "steps_planned", "loss_sum", "targets", "best", "best_epoch", "since_best", "curve")
+    _PLAIN: ClassVar = (
+        "epoch",
+        "step",
+        "steps",
+        "steps_planned",
+        "loss_sum",
+        "targets",
+        "best",
+        "best_epoch",
+        "since_best",
+        "curve",
+    )
 
     def save(self, path: Path, key: str) -> None:
         """Write a checkpoint atomically; `key` names the recipe and data that it belongs to."""
@@ -180,7 +191,9 @@ def fit(
             sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch, settings.windows
         )
         if not len(batches):
-            raise DataError("no user has two training events, so there is nothing to learn; give more events or another [split]")
+            raise DataError(
+                "no user has two training events, so there is nothing to learn; give more events or another [split]"
+            )
         state.steps_planned = state.steps_planned or len(batches) * settings.epochs
         started = time.monotonic()
 
@@ -222,7 +235,9 @@ def _learn(state: State, batch: TrainingBatch, settings: TrainSettings) -> None:
     states_NE = states_BTE[batch.history.mask(states_BTE.shape[1])].float()
     loss = LOSSES[settings.loss](state.model, states_NE, batch.targets, settings.negatives, state.generator)
     if not torch.isfinite(loss):
-        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower train.learning_rate (it is {settings.learning_rate})")
+        raise RecsysError(
+            f"the loss became {loss.item()} in step {state.steps}; lower train.learning_rate (it is {settings.learning_rate})"
+        )
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
     state.optimizer.zero_grad()

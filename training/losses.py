@@ -28,7 +28,9 @@ def softmax(model: SequenceModel, states_NE: Tensor, targets_N: Tensor, count: i
     return _cross_entropy(states_NE, model.vectors(targets_N), model.item_vectors(), targets_N, everything_S, 0.0)
 
 
-def sampled_softmax(model: SequenceModel, states_NE: Tensor, targets_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def sampled_softmax(
+    model: SequenceModel, states_NE: Tensor, targets_N: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
     """Cross-entropy of each target against at most `count` uniform negatives shared over the batch: one matrix product.
 
     Negative logits carry + log(items / negatives), the logQ correction of uniform draws (Bengio & Senécal 2008), so that
@@ -51,18 +53,23 @@ def _cross_entropy(
     """
     column_N = torch.searchsorted(rows_S, targets_N).clamp(max=len(rows_S) - 1)
     column_N = torch.where(rows_S[column_N] == targets_N, column_N, -1)
-    return _CrossEntropy.apply(states_NE, positives_NE, candidates_SE, column_N, correction)  # type: ignore[no-any-return, no-untyped-call]
+    loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        states_NE, positives_NE, candidates_SE, column_N, correction
+    )
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Makes the gradients while a chunk's logits are at hand, so that nothing of size N × S is kept or computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, states_NE: Tensor, positives_NE: Tensor, candidates_SE: Tensor, column_N: Tensor, correction: float) -> Tensor:
+    def forward(
+        ctx: Any, states_NE: Tensor, positives_NE: Tensor, candidates_SE: Tensor, column_N: Tensor, correction: float
+    ) -> Tensor:
         chunk = max(1, CHUNK_ELEMENTS // len(candidates_SE))
         states_gradient, positives_gradient = torch.empty_like(states_NE), torch.empty_like(positives_NE)
         candidates_gradient = torch.zeros_like(candidates_SE)
-        total = states_NE.new_zeros(())
+        total: Tensor = states_NE.new_zeros(())
         for start in range(0, len(states_NE), chunk):
             part = slice(start, start + chunk)
             states, positives, columns = states_NE[part], positives_NE[part], column_N[part]
@@ -82,7 +89,8 @@ class _CrossEntropy(torch.autograd.Function):
             candidates_gradient.addmm_(weights.T, states)
         ctx.save_for_backward(states_gradient, positives_gradient, candidates_gradient)
         ctx.count = len(states_NE)
-        return total / ctx.count
+        mean: Tensor = total / ctx.count
+        return mean
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:

@@ -11,4 +11,5 @@ from recsys.batch import FIRST_ITEM
 def uniform(items: int, count: int, generator: torch.Generator) -> Tensor:
     """The distinct rows, ascending, of `count` uniform draws from the catalogue; int64, at most `count`."""
     draws = torch.randint(FIRST_ITEM, FIRST_ITEM + items, (count,), generator=generator, device=generator.device)
-    return draws.unique()
+    rows: Tensor = torch.unique(draws)
+    return rows

@@ -59,7 +59,11 @@ def train(
         def watch(observation: Observation) -> None:
             if observation.validation:
                 figures = {f"validation_{name}": value for name, value in observation.validation.items()}
-                curve = {"loss": observation.loss, "learning_rate": observation.learning_rate, "epoch_seconds": observation.seconds}
+                curve = {
+                    "loss": observation.loss,
+                    "learning_rate": observation.learning_rate,
+                    "epoch_seconds": observation.seconds,
+                }
                 tracking.metrics({**curve, **figures}, observation.epoch)
             observe(observation)
 
@@ -119,7 +123,11 @@ def _publish(out: Path, state: State, dataset: Dataset, recipe: Recipe, name: st
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "best_epoch": state.best_epoch,
         "quality": {"validation": {key: best[key] for key in best if "@" in key}},
-        "clock": {"created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1), "mlflow_run": run_id},
+        "clock": {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "mlflow_run": run_id,
+        },
     }
     writers = {
         WEIGHTS: lambda path: save_file(weights, path),

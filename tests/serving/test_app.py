@@ -1,0 +1,115 @@
+"""The HTTP edge, in process and as a real server."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from serving.app import BODY, create_app
+from serving.engine import Recommender
+
+
+@pytest.fixture(scope="module")
+def recommender(bundles: dict[str, Path]) -> Recommender:
+    return Recommender.load(bundles["exact"])
+
+
+@pytest.fixture(scope="module")
+def client(recommender: Recommender) -> Iterator[TestClient]:
+    with TestClient(create_app(recommender)) as client:
+        yield client
+
+
+def ask(client: TestClient, **question: Any) -> Any:
+    response = client.post("/v1/recommend", json=question)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_an_answer_is_the_recommenders(client: TestClient, recommender: Recommender) -> None:
+    history = [5, 7, 11]
+    assert ask(client, history=history, k=13) == recommender.answer(history, 13)
+    assert ask(client, titles=[f"Story {item} of 997" for item in history], k=13) == recommender.answer(history, 13)
+    assert ask(client)["source"] == "popularity"
+    assert len(ask(client)["items"]) == 10
+
+
+def test_every_option_reaches_the_recommender(client: TestClient, recommender: Recommender) -> None:
+    first = [item["item_id"] for item in ask(client, history=[5, 7])["items"]]
+    assert first[0] not in [item["item_id"] for item in ask(client, history=[5, 7], deny=first[:1])["items"]]
+    assert [item["item_id"] for item in ask(client, history=[5, 7], allow=first[3:5])["items"]] == first[3:5]
+    assert {5, 7} <= {item["item_id"] for item in ask(client, history=[5, 7], k=1000, filter_seen=False)["items"]}
+    assert not {5, 7} & {item["item_id"] for item in ask(client, history=[5, 7], k=1000)["items"]}
+    late = ask(client, history=[5, 7], times=[10, 20], now=15)
+    assert late["items"] == recommender.answer([5])["items"]
+    ignored = ask(client, history=[5, 10**6, "no"], ignore_unknown=True)
+    assert ignored["unknown"] == [10**6, "no"]
+    assert ignored["items"] == recommender.answer([5])["items"]
+
+
+@pytest.mark.parametrize(
+    ("question", "named"),
+    [
+        ({"history": [10**6]}, "no item '1000000'"),
+        ({"titles": ["Storie 5 of 997"]}, "'Story 5 of 997'"),
+        ({"deny": ["gone"]}, "no item 'gone'"),
+        ({"history": [1], "titles": ["Story 1 of 997"]}, "give one of them"),
+        ({"k": 0}, "k"),
+        ({"k": 1001}, "k"),
+        ({"histroy": [1]}, "histroy"),
+        ({"history": [1], "now": 3}, "without times"),
+        ({"history": [[1]]}, "history"),
+        ({"history": [1] * 10_001}, "history"),
+    ],
+)
+def test_a_wrong_request_gets_one_line(question: dict[str, Any], named: str, client: TestClient) -> None:
+    response = client.post("/v1/recommend", json=question)
+    assert response.status_code == 422
+    assert named in response.json()["detail"]
+    assert "\n" not in response.json()["detail"]
+
+
+def test_a_body_that_is_no_json_or_too_long_or_of_unknown_length_is_refused(client: TestClient) -> None:
+    assert client.post("/v1/recommend", content=b"{").status_code == 422
+    assert client.post("/v1/recommend", content=b" " * (BODY + 1)).status_code == 413
+    assert client.post("/v1/recommend", content=iter([b"{}"])).status_code == 411
+
+
+def test_health_readiness_and_documents_answer(client: TestClient, recommender: Recommender) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json()["bundle"] == recommender.id
+    assert client.get("/docs").status_code == 200
+    question = client.get("/openapi.json").json()["components"]["schemas"]["Question"]
+    for example in question["examples"]:
+        assert client.post("/v1/recommend", json={**example, "ignore_unknown": True}).status_code == 200
+
+
+def test_a_real_server_answers_what_the_recommender_does(bundles: dict[str, Path]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = f"from pathlib import Path; from serving.app import serve; serve(Path({str(bundles['ivf'])!r}), port={port})"
+    root = Path(__file__).parents[2]
+    server = subprocess.Popen([sys.executable, "-c", start], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            for _ in range(600):
+                try:
+                    client.get("/ready").raise_for_status()
+                    break
+                except httpx.TransportError:
+                    assert server.poll() is None, server.stdout and server.stdout.read().decode()
+                    time.sleep(0.1)
+            answer = client.post("/v1/recommend", json={"history": [5, 7, 11], "k": 13}).json()
+        assert answer == Recommender.load(bundles["ivf"]).answer([5, 7, 11], 13)
+    finally:
+        server.terminate()
+        output = server.communicate(timeout=30)[0].decode()
+    assert "Traceback" not in output

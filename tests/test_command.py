@@ -1,0 +1,142 @@
+"""The command tells the user's mistakes in one line and leaves with 2; every verb has help with an example."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from recsys import __main__ as command
+
+
+def raw(world: Path, folder: Path, **columns: pl.Expr) -> Path:
+    """The world's raw events with other columns, in a folder of their own."""
+    folder.mkdir()
+    events = pl.read_parquet(world / "raw" / "events-*.parquet").with_columns(**columns)
+    events.write_parquet(folder / "events.parquet")
+    return folder
+
+
+def missing_file(world, tmp):
+    return ["features", world / "small.toml", "--data", tmp / "nowhere", "--out", tmp / "out"]
+
+
+def wrong_column(world, tmp):
+    return ["features", world / "small.toml", "--data", world / "raw", "--out", tmp / "out", "--set", "data.user_id=userid"]
+
+
+def empty_file(world, tmp):
+    (tmp / "raw").mkdir()
+    (tmp / "raw" / "events.csv").write_text("")
+    return ["features", world / "small.toml", "--data", tmp / "raw", "--out", tmp / "out"]
+
+
+def unknown_key(world, tmp):
+    return ["features", world / "small.toml", "--data", world / "raw", "--out", tmp / "out", "--set", "train.epoch=3"]
+
+
+def unknown_section(world, tmp):
+    return ["features", world / "small.toml", "--data", world / "raw", "--out", tmp / "out", "--set", "trian.epochs=3"]
+
+
+def wrong_type(world, tmp):
+    return ["train", world / "small.toml", "--dataset", world / "dataset", "--out", tmp / "run", "--set", "train.epochs=many"]
+
+
+def nan_id(world, tmp):
+    bad = raw(world, tmp / "raw", item_id=pl.when(pl.int_range(pl.len()) == 7).then(float("nan")).otherwise("item_id"))
+    return ["features", world / "small.toml", "--data", bad, "--out", tmp / "out", "--strict"]
+
+
+def flipped_byte(world, tmp):
+    shutil.copytree(world / "bundle", tmp / "bundle")
+    content = bytearray((tmp / "bundle" / "weights.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp / "bundle" / "weights.safetensors").write_bytes(content)
+    return ["recommend", tmp / "bundle", "--history", "1"]
+
+
+def other_version(world, tmp):
+    shutil.copytree(world / "bundle", tmp / "bundle")
+    manifest = json.loads((tmp / "bundle" / "manifest.json").read_text())
+    (tmp / "bundle" / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    return ["recommend", tmp / "bundle", "--history", "1"]
+
+
+def unknown_item(world, tmp):
+    return ["recommend", world / "bundle", "--history", "Nothing of the Kind"]
+
+
+def k_of_zero(world, tmp):
+    return ["recommend", world / "bundle", "--history", "1", "-k", "0"]
+
+
+def no_recipe(world, tmp):
+    return ["train", "tinny", "--dataset", world / "dataset", "--out", tmp / "run"]
+
+
+def no_run(world, tmp):
+    return ["export", world / "raw", "--out", tmp / "bundle"]
+
+
+def not_a_setting(world, tmp):
+    return ["train", "tiny", "--dataset", world / "dataset", "--out", tmp / "run", "--set", "epochs"]
+
+
+def no_such_split(world, tmp):
+    return ["evaluate", world / "bundle", "--dataset", world / "dataset", "--split", "future"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (missing_file, "nowhere"),
+        (wrong_column, "did you mean 'user_id'"),
+        (empty_file, "events.csv"),
+        (unknown_key, "did you mean epochs"),
+        (unknown_section, "did you mean train"),
+        (wrong_type, "train.epochs"),
+        (nan_id, "null_id"),
+        (flipped_byte, "SHA-256"),
+        (other_version, "format 99"),
+        (unknown_item, "no item 'Nothing of the Kind'"),
+        (k_of_zero, "k is 0"),
+        (no_recipe, "no recipe 'tinny'"),
+        (no_run, "no manifest.json"),
+        (not_a_setting, "section.key=value"),
+        (no_such_split, "future"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake, says, world, run, tmp_path, capsys):
+    words = mistake(world, tmp_path)
+    capsys.readouterr()
+    assert run(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recsys: ") or "Traceback" in line]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_nan_id_is_quarantined_and_counted_without_strict(world, run, tmp_path, capsys):
+    words = [word for word in nan_id(world, tmp_path) if word != "--strict"]
+    assert run(*words) == 0
+    assert "1 rows in quarantine" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["rows"]["quarantined"] == {"null_id": 1}
+
+
+VERBS = [name.name or name.callback.__name__ for name in command.app.registered_commands if name.callback]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, run, capsys):
+    assert run(verb, "--help") == 0
+    assert "Usage: " in capsys.readouterr().out
+
+
+def test_the_module_runs_as_the_command_does():
+    out = subprocess.run([sys.executable, "-m", "recsys", "--version"], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == command.__version__

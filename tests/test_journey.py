@@ -1,0 +1,74 @@
+"""One way, from raw events to three jobs that say the same."""
+
+import json
+
+import polars as pl
+import pytest
+from fastapi.testclient import TestClient
+
+from features.dataset import Dataset
+from recsys.batch import FIRST_ITEM
+from serving.app import create_app
+from serving.engine import Recommender
+
+K = 17
+
+
+@pytest.fixture(scope="module")
+def lists(world):
+    """Of each job, user → item ids in order; all by the histories that end before the test event."""
+    dataset = Dataset.open(world / "dataset")
+    recommender = Recommender.load(world / "bundle")
+    ids = dataset.items["item_id"].to_list()
+    sequences = dataset.sequences
+    begins, ends, _ = (part.tolist() for part in sequences.windows("test"))
+    histories = {
+        user: [ids[row - FIRST_ITEM] for row in sequences.items[begin:end].tolist()]
+        for user, begin, end in zip(dataset.user_ids.to_list(), begins, ends, strict=True)
+    }
+    return dataset, recommender, histories
+
+
+def read(path):
+    frame = pl.read_parquet(path).sort("user_id", "rank")
+    assert frame.columns == ["user_id", "item_id", "rank", "score"]
+    assert frame["rank"].min() == 1
+    return {user: part["item_id"].to_list() for (user,), part in frame.group_by("user_id", maintain_order=True)}
+
+
+def test_offline_and_online_name_the_same_items_in_the_same_order(world, run, lists, tmp_path, capsys):
+    _, recommender, histories = lists
+    words = ("evaluate", world / "bundle", "--dataset", world / "dataset", "--json", "--lists", tmp_path / "lists.parquet")
+    assert run(*words) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {"recall@10", "ndcg@10", "recall@50", "ndcg@50"} <= set(figures)
+    offline = read(tmp_path / "lists.parquet")
+    with TestClient(create_app(recommender)) as client:
+        for user, history in list(histories.items())[:97]:
+            answer = client.post("/v1/recommend", json={"history": history, "k": K}).json()
+            assert [item["item_id"] for item in answer["items"]] == offline[user][:K]
+            assert answer["bundle"] == recommender.id
+
+
+def test_nightly_and_the_command_name_the_same_items_in_the_same_order(world, run, lists, tmp_path, capsys):
+    dataset, _, histories = lists
+    assert run("nightly", world / "bundle", "--dataset", world / "dataset", "--out", tmp_path / "night.parquet", "-k", K) == 0
+    night = read(tmp_path / "night.parquet")
+    assert set(night) == set(histories)
+    ids = dataset.items["item_id"].to_list()
+    offsets, items = dataset.sequences.offsets.tolist(), dataset.sequences.items.tolist()
+    for place, user in list(enumerate(dataset.user_ids.to_list()))[:7]:
+        whole = [str(ids[row - FIRST_ITEM]) for row in items[offsets[place] : offsets[place + 1]]]
+        capsys.readouterr()
+        assert run("recommend", world / "bundle", "--json", "-k", K, *(f"--history={item}" for item in whole)) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert [item["item_id"] for item in answer["items"]] == night[user]
+        assert not set(night[user]) & {int(item) for item in whole}
+
+
+def test_explain_gives_each_event_its_share(world, run, tmp_path, capsys):
+    words = ("explain", world / "bundle", "--history", "1", "--history", "2", "--picture", tmp_path / "a.png", "--json")
+    assert run(*words) == 0
+    shares = json.loads(capsys.readouterr().out)
+    assert sum(share["share"] for share in shares) == pytest.approx(1)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
