@@ -133,7 +133,7 @@ class Recommender:
                 states = states_BE.new_ones(len(chunk), 1) if popular else states_BE[chunk]
                 hidden = _take(histories, chunk) if filter_seen else None
                 rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, states, hidden, k, n, allowed_V)
-        return Lists(rows_BK, scores_BK, popular_B)
+        return Lists(rows_BK.cpu(), scores_BK.cpu(), popular_B.cpu())
 
     @torch.inference_mode()
     def encode(self, histories: Batch) -> Tensor:

@@ -86,7 +86,7 @@ def measure_index(index: Index, vectors_VE: Tensor, queries_BE: Tensor) -> tuple
 
 
 def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor, str]:
-    """What the index is measured by, and its name: states of evenly chosen users, or item vectors with noise as long as they."""
+    """What measures the index, and its name: states of evenly chosen users, or item vectors with noise as long as they."""
     if dataset is not None:
         sequences = recommender.catalogue.align(dataset)
         begins_U, ends_U, _ = sequences.windows("test")

@@ -77,6 +77,7 @@ def write_frames(
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        raise RecsysError(f"{path}: cannot be written ({error.strerror}); give another place") from None
+        raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
