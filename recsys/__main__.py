@@ -112,6 +112,7 @@ def evaluate(
     ] = False,
     baselines: Annotated[bool, typer.Option(help="Judge popularity and item-kNN beside the model.")] = True,
     lists: Annotated[Path | None, typer.Option(help="Write the ranked lists to this Parquet file.")] = None,
+    track: Annotated[bool, typer.Option(help="Record the report in the MLflow run that trained the model.")] = True,
     json: AsJson = False,
 ) -> None:
     """Judge the served path: recall and NDCG over the whole catalogue, beside two baselines.
@@ -120,6 +121,7 @@ def evaluate(
     """
     from features.dataset import Dataset
     from recsys.terminal import bar, metrics_table
+    from recsys.tracking import Tracking
     from serving.engine import Recommender
     from serving.evaluate import evaluate as judge
 
@@ -133,6 +135,9 @@ def evaluate(
         typer.echo(json_module.dumps(report.as_dict()))
     else:
         metrics_table(report.rows())
+    if track:
+        with Tracking.of(recommender.manifest).run(path.name) as tracking:
+            tracking.report(report.as_dict())
 
 
 @app.command()
@@ -152,7 +157,7 @@ def export(
     from features.dataset import Dataset
     from recsys.bundle import open_directory
     from recsys.config import Recipe
-    from recsys.tracking import Tracking, TrackingSettings
+    from recsys.tracking import Tracking
     from serving.export import export as export_run
     from serving.index import IndexSettings
 
@@ -161,8 +166,7 @@ def export(
     manifest = export_run(run, out, recipe.read(IndexSettings), None if dataset is None else Dataset.open(dataset))
     version = ""
     if register:
-        tracking = Tracking(recipe.read(TrackingSettings), model["clock"]["mlflow_run"])
-        with tracking.run(run.name):
+        with Tracking.of(model).run(run.name) as tracking:
             version = tracking.register(out, manifest["id"])
     registered = f", version {version} is champion" if version else ""
     index = manifest["index"]

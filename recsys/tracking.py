@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +40,21 @@ class Tracking:
         self.settings, self.run_id = settings, run_id
         self.uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Tracking:
+        """Where the run of a model or bundle is recorded; off where it was."""
+        address = manifest["clock"].get("run", manifest["clock"])["tracking"]
+        settings = TrackingSettings(**manifest["recipe"][TrackingSettings.section])
+        return cls(replace(settings, uri=address["uri"]), address["run_id"])
+
     @property
     def on(self) -> bool:
         return self.uri != OFF
+
+    @property
+    def address(self) -> dict[str, str]:
+        """The store and the run in it, as a manifest keeps them."""
+        return {"uri": self.uri, "run_id": self.run_id}
 
     @contextmanager
     def run(self, name: str) -> Iterator[Tracking]:
@@ -81,6 +93,13 @@ class Tracking:
             client = self._mlflow().MlflowClient()
             log = client.log_artifacts if path.is_dir() else client.log_artifact
             log(self.run_id, str(path), folder or None)
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """An evaluation: its figures as metrics named by split, and the whole as report_SPLIT.json."""
+        if self.on:
+            name = f"{report['split']}_repeats" if report["repeats"] else str(report["split"])
+            self.metrics({f"{name}_{key}": value for key, value in report.items() if "@" in key})
+            self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
 
     def register(self, bundle: Path, identity: str, alias: str = CHAMPION) -> str:
         """Record a bundle as the next version of the registered model and move the alias to it; the version's number."""

@@ -78,7 +78,7 @@ def train(
             observe=watch,
         )
         write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in state.curve).encode())
-        model = _publish(out, state, dataset, recipe, name, tracking.run_id, time.monotonic() - started)
+        model = _publish(out, state, dataset, recipe, name, tracking, time.monotonic() - started)
         for file in (out / CURVE, out / MODEL / MANIFEST):
             tracking.file(file)
     (out / CHECKPOINT).unlink()
@@ -111,7 +111,9 @@ def _begun(out: Path, key: str, tracking: Tracking) -> bool:
     return True
 
 
-def _publish(out: Path, state: State, dataset: Dataset, recipe: Recipe, name: str, run_id: str, seconds: float) -> Directory:
+def _publish(
+    out: Path, state: State, dataset: Dataset, recipe: Recipe, name: str, tracking: Tracking, seconds: float
+) -> Directory:
     best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
     weights = {key: value.contiguous().cpu() for key, value in state.model.state_dict().items()}
     manifest = {
@@ -126,7 +128,7 @@ def _publish(out: Path, state: State, dataset: Dataset, recipe: Recipe, name: st
         "clock": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
-            "mlflow_run": run_id,
+            "tracking": tracking.address,
         },
     }
     writers = {
