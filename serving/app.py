@@ -19,7 +19,8 @@ from serving.engine import Recommender
 BODY = 2**20
 """Most bytes of a request; uvicorn itself has no limit."""
 
-ItemId = int | str
+ItemId = int | Annotated[str, Field(max_length=500)]
+Second = Annotated[int, Field(ge=0, lt=2**40)]
 Items = Annotated[list[ItemId], Field(max_length=10_000)]
 
 
@@ -32,9 +33,13 @@ class Question(BaseModel):
     )
 
     history: Items = Field([], description="Item ids.")
-    titles: list[str] = Field([], max_length=10_000, description="Titles, in the place of ids.")
-    times: Annotated[list[int], Field(max_length=10_000)] | None = Field(None, description="Seconds since 1970 of each event.")
-    now: int | None = Field(None, description="Events after this second are left out; needs times.")
+    titles: list[Annotated[str, Field(max_length=500)]] = Field(
+        [], max_length=10_000, description="Titles, in the place of ids."
+    )
+    times: Annotated[list[Second], Field(max_length=10_000)] | None = Field(
+        None, description="Seconds since 1970 of each event."
+    )
+    now: Second | None = Field(None, description="Events after this second are left out; needs times.")
     k: int = Field(10, ge=1, le=1000, description="Items to recommend.")
     filter_seen: bool = Field(True, description="Leave out what stands in the history.")
     deny: Items = Field([], description="Ids of items that may not be recommended.")
@@ -140,5 +145,5 @@ def serve(bundle: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     torch.set_num_threads(1)
     recommender = Recommender.load(bundle, threads=1)
-    recommender.answer([], 1)  # reads the titles before the first request
+    recommender.answer(["?"], 1, ignore_unknown=True)  # reads ids and titles before the first request
     uvicorn.run(create_app(recommender), host=host, port=port)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from features.dataset import Dataset
 
-Find = Callable[[int | str], int]
-"""Turns a word of the user into an item row, or raises RequestError."""
+Find = Callable[[int | str], int | None]
+"""Turns a word of the user into an item row, or None."""
 ITEMS = "items.parquet"
 NEAREST_AMONG = 20_000
-"""Most popular items among which near titles are looked for: about .2 s."""
+"""Most popular items among which near titles are looked for, in about .1 s."""
 
 
 class Catalogue:
@@ -62,47 +62,47 @@ class Catalogue:
     def title(self, row: int) -> str:
         return self.titles[row - FIRST_ITEM]
 
-    def by_id(self, item_id: int | str) -> int:
-        """The row of an item id, as in the input or as text. Raises RequestError: no such item."""
-        return self._found(self._rows_by_id.get(str(item_id)), item_id)
+    def by_id(self, item_id: int | str) -> int | None:
+        """The row of an item id, as in the input or as text."""
+        return self._rows_by_id.get(str(item_id))
 
-    def by_title(self, title: int | str) -> int:
-        """The row of a title as it stands, else without regard to case; of several, the most popular item's.
+    def by_title(self, title: int | str) -> int | None:
+        """The row of a title as it stands, else without regard to case; of several items, the most popular."""
+        return self._rows_by_title.get(str(title), self._rows_by_folded.get(str(title).casefold()))
 
-        Raises RequestError: no such title; the nearest are named.
-        """
-        row = self._rows_by_title.get(str(title), self._rows_by_folded.get(str(title).casefold()))
-        return self._found(row, title)
+    def by_either(self, text: int | str) -> int | None:
+        """The row of an item id, else of a title."""
+        row = self.by_id(text)
+        return self.by_title(text) if row is None else row
 
     def resolve(self, text: int | str) -> int:
         """The row of an item id, else of a title. Raises RequestError: it is neither; the nearest titles are named."""
-        row = self._rows_by_id.get(str(text))
-        return self.by_title(text) if row is None else row
+        (row,) = self.rows([text], self.by_either)
+        assert row is not None  # else an error was raised
+        return row
 
-    def known(self, words: Iterable[int | str], find: Find, unknown: list[int | str] | None = None) -> list[int | None]:
+    def rows(self, words: Iterable[int | str], find: Find, unknown: list[int | str] | None = None) -> list[int | None]:
         """The row of every word; None for a word that is no item, which is added to `unknown`.
 
-        Raises RequestError: no such item, and no list `unknown` to add it to.
+        Raises RequestError: a word is no item, and there is no list `unknown` to add it to; the nearest titles are named.
         """
-        rows: list[int | None] = []
+        found = []
         for word in words:
-            try:
-                rows.append(find(word))
-            except RequestError:
+            row = find(word)
+            if row is None:
                 if unknown is None:
-                    raise
+                    raise RequestError(f"no item {str(word)!r}; {self._hint(str(word))}")
                 unknown.append(word)
-                rows.append(None)
-        return rows
+            found.append(row)
+        return found
 
-    def _found(self, row: int | None, text: int | str) -> int:
-        if row is None:
-            near = difflib.get_close_matches(str(text).casefold(), list(self._near), n=3)
-            hint = ", ".join(repr(self._near[title]) for title in near)
-            raise RequestError(
-                f"no item {str(text)!r}; {f'nearest titles: {hint}' if hint else 'give the id or title of an item'}"
-            )
-        return row
+    def _hint(self, word: str) -> str:
+        near = difflib.get_close_matches(word.casefold(), list(self._near), n=3)
+        return (
+            f"nearest titles: {', '.join(repr(self._near[title]) for title in near)}"
+            if near
+            else "give the id or title of an item"
+        )
 
     def align(self, dataset: Dataset) -> Sequences:
         """The data set's histories in this catalogue's rows; an item that is not in it gets a row of its own behind them.

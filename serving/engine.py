@@ -174,15 +174,15 @@ class Recommender:
         if now is not None and times is None:
             raise RequestError("now is given without times; give the time of each event")
         unknown: list[int | str] = []
-        known = partial(self.catalogue.known, unknown=unknown if ignore_unknown else None)
+        rows = partial(self.catalogue.rows, unknown=unknown if ignore_unknown else None)
         events = [
             (row, time)
-            for row, time in zip(known(history, find or self.catalogue.resolve), times or [0] * len(history), strict=True)
+            for row, time in zip(rows(history, find or self.catalogue.by_either), times or [0] * len(history), strict=True)
             if row is not None
         ]
         batch = Batch.of([[row for row, _ in events]], [[time for _, time in events]])
-        denied = [row for row in known(deny, self.catalogue.by_id) if row is not None]
-        allowed = None if allow is None else [row for row in known(allow, self.catalogue.by_id) if row is not None]
+        denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
+        allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
         lists = self.recommend(batch, k, now, filter_seen, denied, allowed)
         items = [
             {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}

@@ -66,6 +66,9 @@ def test_every_option_reaches_the_recommender(client: TestClient, recommender: R
         ({"histroy": [1]}, "histroy"),
         ({"history": [1], "now": 3}, "without times"),
         ({"history": [[1]]}, "history"),
+        ({"history": [1], "times": [2**63], "now": 3}, "times"),
+        ({"history": [1], "times": [2, 3]}, "2 times for 1 events"),
+        ({"titles": ["x" * 501]}, "titles"),
         ({"history": [1] * 10_001}, "history"),
     ],
 )

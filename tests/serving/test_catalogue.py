@@ -41,11 +41,11 @@ def test_an_id_comes_before_a_title_and_case_counts_before_it_does_not(catalogue
 
 def test_a_word_that_is_no_item_is_named_with_what_is_near(catalogue: Catalogue) -> None:
     with pytest.raises(RequestError, match="no item 'Heatt'; nearest titles: "):
-        catalogue.by_title("Heatt")
+        catalogue.resolve("Heatt")
     with pytest.raises(RequestError, match="no item '1984'"):
-        catalogue.by_id(1984)
+        catalogue.rows(["70", 1984], catalogue.by_id)
     unknown: list[int | str] = []
-    assert catalogue.known(["Up", "Down", 3], catalogue.resolve, unknown) == [4, None, None]
+    assert catalogue.rows(["Up", "Down", 3], catalogue.by_either, unknown) == [4, None, None]
     assert unknown == ["Down", 3]
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_a_history_gets_the_same_list_alone_and_in_any_batch(recommender: Recomm
     shuffled = recommender.recommend(Batch.of([histories[place] for place in order]), K)
     assert torch.equal(shuffled.rows, alone.rows[order])
     assert torch.equal(shuffled.scores, alone.scores[order])
+
+
+def test_a_recommender_answers_the_same_to_several_threads_at_once(recommender: Recommender, dataset: Dataset) -> None:
+    batches = [Batch.of([history]) for history in every_history(dataset)[::5]]
+    alone = [recommender.recommend(batch, K) for batch in batches]
+    with ThreadPoolExecutor(7) as pool:
+        at_once = list(pool.map(lambda batch: recommender.recommend(batch, K), batches))
+    assert all(same(left, right) for left, right in zip(alone, at_once, strict=True))
 
 
 def test_the_number_of_threads_changes_no_list(run: Path, dataset: Dataset) -> None:
@@ -115,13 +124,19 @@ def test_an_exact_bundle_and_the_run_it_was_made_of_answer_the_same(
     assert same(Recommender.load(bundles["ivf"]).with_exact_search().recommend(histories, K), lists)
 
 
+TWINS = 101
+
+
 @cache
 def loaded(bundle: Path) -> Recommender:
-    """A bundle as it is; for exact search with items in sevens of the same vector, so that ties stand at every border."""
+    """A bundle as it is; for exact search with items in groups of TWINS, equal or apart by less than rounding, so that more
+    of them stand at every border than are asked for beyond k."""
     recommender = Recommender.load(bundle)
     if recommender.searcher.exact:
         vectors_VE = recommender.scan.vectors_VE
-        vectors_VE.copy_(vectors_VE[torch.arange(len(vectors_VE)) // 7])
+        noise_VE = torch.randint(-1, 2, vectors_VE.shape, generator=torch.Generator().manual_seed(2)) * 2.0**-23
+        noise_VE[torch.arange(len(vectors_VE)) % 3 == 0] = 0
+        vectors_VE.copy_(vectors_VE[torch.arange(len(vectors_VE)) // TWINS] * (1 + noise_VE))
         recommender.searcher = Index.build(vectors_VE, IndexSettings(kind="exact"))
     return recommender
 
@@ -176,6 +191,14 @@ def test_no_forbidden_item_is_named_and_lists_are_as_full_as_they_can_be(
             assert named == brute_force(recommender, history, k, banned, allow)
         short += len(named) < k
     assert lists.underfilled == short
+
+
+def test_few_allowed_items_are_searched_exactly(recommender: Recommender, dataset: Dataset) -> None:
+    allow = list(range(FIRST_ITEM + 4, FIRST_ITEM + recommender.items, 7))
+    histories = every_history(dataset)[::17]
+    lists = recommender.recommend(Batch.of(histories), 5, allow=allow)
+    for history, rows in zip(histories, lists.rows.tolist(), strict=True):
+        assert rows == brute_force(recommender, history, 5, set(history), allow)
 
 
 def test_an_unknown_history_gets_the_most_popular_items(run: Path) -> None:

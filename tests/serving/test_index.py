@@ -27,11 +27,13 @@ def index(request: pytest.FixtureRequest) -> Index:
     return Index.build(vectors(), IndexSettings(kind=request.param, probes=16))
 
 
-def recall(index: Index | Scan, allowed_V: torch.Tensor | None = None) -> float:
-    truth_BN = (QUERIES_BE @ vectors().T).masked_fill(torch.zeros(ITEMS) > 0 if allowed_V is None else ~allowed_V, -torch.inf)
-    lines_BN, _ = index.search(QUERIES_BE, N, allowed_V)
-    pairs = zip(truth_BN.topk(N).indices, lines_BN, strict=True)
-    return sum(int(torch.isin(truth, found).sum()) for truth, found in pairs) / (QUERIES * N)
+def recall(index: Index | Scan, allowed_V: torch.Tensor | None = None, n: int = N) -> float:
+    truth_BV = QUERIES_BE @ vectors().T
+    if allowed_V is not None:
+        truth_BV[:, ~allowed_V] = -torch.inf
+    lines_BN, _ = index.search(QUERIES_BE, n, allowed_V)
+    pairs = zip(truth_BV.topk(n).indices, lines_BN, strict=True)
+    return sum(int(torch.isin(truth, found).sum()) for truth, found in pairs) / (QUERIES * n)
 
 
 def test_an_index_finds_nearly_what_an_exact_search_finds(index: Index) -> None:
@@ -107,13 +109,12 @@ def test_a_scan_for_more_than_there_is_ends_in_no_lines() -> None:
         assert (scores_BN[:, count:] == -torch.inf).all()
 
 
-def test_probes_and_breadth_buy_recall() -> None:
-    for kind, narrow, wide in (("ivf", {"probes": 1}, {"probes": 16}), ("hnsw", {"breadth": 1}, {"breadth": 400})):
-        low, high = (
-            Index.build(vectors(), IndexSettings(kind=kind, **chosen))  # type: ignore[arg-type]
-            for chosen in (narrow, wide)
-        )
-        assert recall(low) < recall(high) or (kind == "hnsw" and recall(high) > 0.9)
+@pytest.mark.parametrize(
+    ("kind", "option", "most"), [("ivf", "probes", 16), ("ivf_sq8", "probes", 16), ("hnsw", "breadth", 400)]
+)
+def test_probes_and_breadth_buy_recall(kind: str, option: str, most: int) -> None:
+    low, high = (Index.build(vectors(), IndexSettings(kind=kind, **{option: value})) for value in (1, most))  # type: ignore[arg-type]
+    assert recall(low, n=1) < recall(high, n=1)
 
 
 def test_auto_is_exact_up_to_exact_items_then_ivf() -> None:
