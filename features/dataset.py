@@ -24,7 +24,13 @@ ONE_PAGE = 2**30
 row group has the same bytes however the rows came."""
 
 
-def write_parquet(frames: Iterable[pl.DataFrame], schema: Mapping[str, pl.DataType], path: Path, rows: int = FLAT_ROWS) -> None:
+def write_parquet(
+    frames: Iterable[pl.DataFrame],
+    schema: Mapping[str, pl.DataType],
+    path: Path,
+    rows: int = FLAT_ROWS,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write frames one below the other; the bytes depend on the rows alone. An error raised by `frames` passes through."""
 
     def source(columns: list[str] | None, *_: object) -> Iterator[pl.DataFrame]:
@@ -32,7 +38,14 @@ def write_parquet(frames: Iterable[pl.DataFrame], schema: Mapping[str, pl.DataTy
             yield frame if columns is None else frame.select(columns)
 
     table = register_io_source(source, schema=pl.Schema(schema))
-    table.sink_parquet(path, compression="zstd", compression_level=1, row_group_size=rows, data_page_size=ONE_PAGE)
+    table.sink_parquet(
+        path,
+        compression="zstd",
+        compression_level=1,
+        row_group_size=rows,
+        data_page_size=ONE_PAGE,
+        metadata=None if metadata is None else dict(metadata),
+    )
 
 
 class Dataset:

@@ -99,7 +99,8 @@ def train(
             observe=observe,
         )
     best = model.manifest["quality"]["validation"]
-    typer.echo(f"{out}: best epoch {model.manifest['best_epoch']}, validation NDCG@10 {best['ndcg@10']:.4f}")
+    judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
+    typer.echo(f"{out}: epoch {model.manifest['best_epoch']}{judged}")
 
 
 @app.command()

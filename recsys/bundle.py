@@ -50,6 +50,7 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
             write(temporary / file)
         files = {file: {"sha256": sha256(temporary / file), "bytes": (temporary / file).stat().st_size} for file in writers}
         content = {"format": FORMAT, **manifest, "files": files, "hash": _hash(files)}
+        content["id"] = identity(content)
         (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for file in (*writers, name):
             _flush(temporary / file)
@@ -70,19 +71,22 @@ def open_directory(path: Path, verify: bool = True, name: str = MANIFEST, error:
         raise error(f"{path}: no {name} there; give a directory that this command wrote")
     try:
         manifest = json.loads((path / name).read_text(encoding="utf-8"))
-        found, files = manifest["format"], dict(manifest["files"])
-    except (ValueError, KeyError, TypeError, OSError):
+        found = manifest["format"]
+        files = {file: (entry["sha256"], entry["bytes"]) for file, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise error(f"{path / name}: cannot be read as a manifest; write the directory again") from None
     if found != FORMAT:
         raise error(f"{path}: format {found!r}, this version reads {FORMAT}; write it again with this version")
+    if verify and manifest.get("id") != identity(manifest):
+        raise error(
+            f"{path / name}: is not the manifest that was written (its id differs); restore it or write the directory again"
+        )
     for file, wanted in files.items():
         part = path / file
         if not part.is_file():
             raise error(f"{part}: named in {name} and missing; restore the file or write the directory again")
-        if verify and (part.stat().st_size != wanted["bytes"] or sha256(part) != wanted["sha256"]):
+        if verify and wanted != (sha256(part), part.stat().st_size):
             raise error(f"{part}: is not the file that was written (SHA-256 differs); restore it or write the directory again")
-    if verify and manifest.get("hash") != _hash(files):
-        raise error(f"{path / name}: its own hash differs; restore it or write the directory again")
     return Directory(path, manifest)
 
 
@@ -90,6 +94,11 @@ def write_file(path: Path, content: bytes) -> None:
     """Replace one file atomically, flushed to disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
+    replace_file(temporary, path)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Flush a finished file to disk and give it its name, in one step."""
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
@@ -99,6 +108,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """The id of a directory: a hash of all that its manifest says but when, and so of every file and setting."""
+    said = {key: value for key, value in manifest.items() if key not in ("clock", "id")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _hash(files: Mapping[str, Mapping[str, Any]]) -> str:

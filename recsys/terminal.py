@@ -59,8 +59,10 @@ def training_progress() -> Iterator[Callable[[Observation], None]]:
         task = progress.add_task("training", total=None) if progress else None
 
         def observe(seen: Observation) -> None:
-            if seen.validation:
-                figures = " ".join(f"{name} {value:.4f}" for name, value in seen.validation.items() if name.endswith("@10"))
+            if seen.validation is not None:
+                figures = (
+                    " ".join(f"{name} {value:.4f}" for name, value in seen.validation.items() if name.endswith("@10")) or "none"
+                )
                 star = " *" if seen.best else ""
                 text = f"epoch {seen.epoch}: loss {seen.loss:.4f}, validation {figures}, {seen.seconds:.1f} s{star}"
                 (progress.console.print if progress else _print)(text)

@@ -137,13 +137,15 @@ class Tracking:
         ]
 
     def _mlflow(self) -> Any:
+        global _chosen
         try:
             import mlflow
         except ImportError as error:
             raise SetupError(f"mlflow does not load ({error}); run `recsys doctor`, or set tracking.uri=off") from None
         for chatty in ("alembic", "mlflow"):  # a new database reports every migration, a run its monitor's start and stop
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        if mlflow.get_tracking_uri() != self.uri or self.uri not in _READY:
+        here = (self.uri, self.settings.experiment)
+        if _chosen != here:
             mlflow.set_tracking_uri(self.uri)
             try:
                 self._choose_experiment(mlflow)
@@ -152,7 +154,7 @@ class Tracking:
                 raise SetupError(
                     f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off"
                 ) from None
-            _READY.add(self.uri)
+            _chosen = here
         return mlflow
 
     def _choose_experiment(self, mlflow: Any) -> None:
@@ -165,4 +167,5 @@ class Tracking:
         mlflow.set_experiment(name)
 
 
-_READY: set[str] = set()
+_chosen: tuple[str, str] | None = None
+"""Store and experiment that MLflow's module-wide state points at."""

@@ -14,9 +14,7 @@ B histories · E width · V items · n, C candidates · k places of a list
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,8 +78,6 @@ class Recommender:
         kind = directory.manifest.get("kind")
         if kind not in ("model", "bundle"):
             raise BundleError(f"{path / MANIFEST}: holds neither a model nor a bundle but {kind!r}; give a run or a bundle")
-        if verify and kind == "bundle" and directory.manifest.get("id") != identity(directory.manifest):
-            raise BundleError(f"{path / MANIFEST}: is not as it was written (its id differs); export the bundle again")
         return cls(directory, device, exact=exact, threads=threads)
 
     def with_exact_search(self) -> Recommender:
@@ -92,8 +88,8 @@ class Recommender:
 
     @property
     def id(self) -> str:
-        """Of the bundle; a run's is the start of its hash."""
-        return str(self.manifest.get("id", self.manifest["hash"][:12]))
+        """Of the run or bundle."""
+        return str(self.manifest["id"])
 
     @property
     def items(self) -> int:
@@ -196,12 +192,6 @@ class Recommender:
         read = histories.last(self.model.settings.length)
         known_N = (read.values >= FIRST_ITEM) & (read.values < FIRST_ITEM + self.items)
         return torch.bincount(read.owners[known_N], minlength=len(read)) > 0
-
-
-def identity(manifest: Mapping[str, Any]) -> str:
-    """The id of a bundle: of all that its manifest says but for the clock, the files' hashes included by way of the run's."""
-    said = {key: value for key, value in manifest.items() if key not in ("clock", "id", "format", "files", "hash")}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _search(

@@ -20,7 +20,7 @@ from recsys.bundle import MANIFEST, open_directory, publish
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from serving.catalogue import ITEMS
-from serving.engine import VECTORS, Recommender, identity
+from serving.engine import VECTORS, Recommender
 from serving.index import INDEX, Index, IndexSettings, Scan
 
 QUERIES = 512
@@ -47,10 +47,10 @@ def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | Non
     queries_BE, queries = _queries(recommender, dataset)
     measured, query_ms = measure_index(index, vectors_VE, queries_BE)
     manifest = {
-        **{key: value for key, value in model.items() if key not in ("format", "files", "hash")},
+        **{key: value for key, value in model.items() if key not in ("format", "files", "hash", "id")},
         "kind": "bundle",
         "version": __version__,
-        "run": model["hash"],
+        "run": model["id"],
         "recipe": {**model["recipe"], IndexSettings.section: settings.as_dict()},
         "index": {"kind": index.kind, **measured, "queries": queries},
         "clock": {
@@ -60,7 +60,6 @@ def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | Non
             "run": model.get("clock", {}),
         },
     }
-    manifest["id"] = identity(manifest)
     writers = {
         WEIGHTS: lambda path: _copy(source / WEIGHTS, path),
         ITEMS: lambda path: _copy(source / ITEMS, path),

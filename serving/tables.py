@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from features.dataset import write_parquet
 from recsys.batch import FIRST_ITEM, PADDING
+from recsys.bundle import replace_file
 from recsys.errors import RecsysError
 from serving.catalogue import Catalogue
 from serving.lists import Lists
 
 if TYPE_CHECKING:
     import polars as pl
-
-ROW_GROUP = 2**18
-"""Rows of a row group."""
-ONE_PAGE = 2**30
-"""Bytes of a data page: with one page a column and row group, the bytes do not depend on how the rows came."""
 
 
 def lists_columns(user_ids: pl.Series, catalogue: Catalogue) -> dict[str, pl.DataType]:
@@ -53,29 +49,12 @@ def write_frames(
 
     `columns` are those of lists_frame. Raises RecsysError: the file cannot be written.
     """
-    import polars as pl
-    from polars.io.plugins import register_io_source
-
-    def source(chosen: list[str] | None, *_: object) -> Iterator[pl.DataFrame]:
-        for frame in frames:
-            yield frame if chosen is None else frame.select(chosen)
-
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        register_io_source(source, schema=pl.Schema(columns)).sink_parquet(
-            temporary,
-            compression="zstd",
-            row_group_size=ROW_GROUP,
-            data_page_size=ONE_PAGE,
-            metadata=dict(metadata),
-            sync_on_close="all",
-        )
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        write_parquet(frames, columns, temporary, metadata=metadata)
+        replace_file(temporary, path)
     except OSError as error:
         raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
     finally:

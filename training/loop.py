@@ -74,7 +74,7 @@ class TrainSettings(Settings):
 
 @dataclass(frozen=True)
 class Observation:
-    """What the loop tells its observer: after every step and, with `validation`, after every validation."""
+    """What the loop tells its observer: after every step, and once more when an epoch is judged."""
 
     epoch: int
     step: int
@@ -86,7 +86,8 @@ class Observation:
     learning_rate: float
     seconds: float
     """Spent in this epoch's steps by this process."""
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] | None = None
+    """None after a step; empty where the data set has no validation events."""
     best: bool = False
 
 
@@ -171,6 +172,8 @@ def fit(
 ) -> State:
     """Train until `epochs` or until patience ends; the returned state's model holds the best validation weights.
 
+    Where no user has validation events, all epochs are done and the last weights are the best.
+
     `items` is the count of items with training events. Where `checkpoint` exists, training goes on from it and ends with
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
     """
@@ -178,6 +181,7 @@ def fit(
     state = _begin(items, model_settings, settings, device)
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
+    judged = bool((sequences.validation_end > sequences.train_end).any())
     saved_at = time.monotonic()
 
     def save(due: bool) -> None:
@@ -197,20 +201,22 @@ def fit(
         state.steps_planned = state.steps_planned or len(batches) * settings.epochs
         started = time.monotonic()
 
-        def tell(validation: dict[str, float], best: bool, batches: EpochBatches = batches, started: float = started) -> None:
+        def tell(
+            validation: dict[str, float] | None, best: bool, batches: EpochBatches = batches, started: float = started
+        ) -> None:
             rate, mean = state.optimizer.param_groups[0]["lr"], state.loss_sum / state.targets
             seconds = time.monotonic() - started
             observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
 
         for batch in batches.starting_at(state.step):
             _learn(state, batch.to(device), settings)
-            tell({}, False)
+            tell(None, False)
             save(due=False)
         if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
-            figures = validate(state.model, sequences)
-            better = figures["ndcg@10"] > state.best
+            figures = validate(state.model, sequences) if judged else {}
+            better = not judged or figures["ndcg@10"] > state.best
             if better:
-                state.best, state.best_epoch = figures["ndcg@10"], state.epoch + 1
+                state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
                 state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
             state.since_best = 0 if better else state.since_best + 1
             state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / state.targets, **figures})

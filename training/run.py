@@ -57,7 +57,7 @@ def train(
         started = time.monotonic()
 
         def watch(observation: Observation) -> None:
-            if observation.validation:
+            if observation.validation is not None:
                 figures = {f"validation_{name}": value for name, value in observation.validation.items()}
                 curve = {
                     "loss": observation.loss,

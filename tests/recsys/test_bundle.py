@@ -96,7 +96,7 @@ def test_a_file_altered_together_with_its_sha256_is_found(published):
     manifest["files"]["items"] = other.manifest["files"]["items"]
     (published / MANIFEST).write_text(json.dumps(manifest))
     (published / "items").write_bytes(b"twelve words")
-    with pytest.raises(BundleError, match="its own hash differs"):
+    with pytest.raises(BundleError, match="its id differs"):
         open_directory(published)
 
 

@@ -74,6 +74,15 @@ def test_patience_ends_training_and_the_best_weights_stay(ring):
     assert validate(state.model, ring)["ndcg@10"] == state.best
 
 
+def test_without_validation_events_every_epoch_is_done_and_the_last_weights_stay(ring):
+    unjudged = dataclasses.replace(ring, train_end=ring.validation_end)
+    told: list[Observation] = []
+    state = fit(unjudged, RING, MODEL, dataclasses.replace(TRAIN, patience=1), observe=told.append)
+    assert [seen.validation for seen in told if seen.validation is not None] == [{}] * 4
+    assert state.best_epoch == 4
+    assert all(torch.equal(value, state.best_weights[name]) for name, value in state.model.state_dict().items())
+
+
 CHANGES = {
     "epochs": 2,
     "patience": 1,
