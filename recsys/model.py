@@ -5,7 +5,7 @@ B histories · N events · T positions · E embedding size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -115,6 +115,11 @@ class SequenceModel(nn.Module):
         """Placed vectors of the catalogue, shape items × E; line i belongs to row FIRST_ITEM + i."""
         return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU, named as with the plain torch table, so that serving needs no other."""
+        named = {name: value for name, value in self.state_dict().items() if not name.startswith("table.")}
+        return {name: value.detach().cpu().contiguous() for name, value in {**named, "table.weight": self.table.weight}.items()}
+
     def attention(self, batch: Batch) -> list[Tensor]:
         """Attention weights of each block, shape B × heads × T × T."""
         x_BTE = self._embed(batch, None)
@@ -139,7 +144,7 @@ def model_from(directory: Directory, device: str = "cpu") -> SequenceModel:
     """
     from safetensors.torch import load_file
 
-    settings = ModelSettings(**directory.manifest["recipe"][ModelSettings.section])
+    settings = replace(ModelSettings(**directory.manifest["recipe"][ModelSettings.section]), embedding="torch")
     model = SequenceModel(settings, directory.manifest["items"])
     try:
         model.load_state_dict(load_file(directory.path / WEIGHTS, device=device))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from training.loop import Observation
 
 
@@ -75,7 +77,6 @@ def training_progress() -> Iterator[Callable[[Observation], None]]:
 
 def metrics_table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str = "") -> None:
     """One line a model, one column a metric; the best of each column is bold."""
-    from rich.console import Console
     from rich.table import Table
 
     names = list(rows[0][1])
@@ -90,7 +91,7 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str = 
             text = f"{figures[name]:.4f}" if name in figures else "–"
             cells.append(f"[bold]{text}[/bold]" if figures.get(name) == best[name] else text)
         table.add_row(label, *cells)
-    Console().print(table)
+    _show(table)
 
 
 def top_table(answer: Mapping[str, Any]) -> None:
@@ -101,7 +102,6 @@ def top_table(answer: Mapping[str, Any]) -> None:
 
 def records_table(records: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """A table of records with equal keys; numbers stand on the right."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title or None)
@@ -109,7 +109,13 @@ def records_table(records: Sequence[Mapping[str, Any]], title: str = "") -> None
         table.add_column(key, justify="right" if isinstance(value, int | float) else "left")
     for record in records:
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in record.values()))
-    Console().print(table)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log has no width of its own: cut nothing short
 
 
 def _print(text: str) -> None:

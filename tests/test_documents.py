@@ -9,6 +9,8 @@ with /, and what lies in it stands below it, two spaces further in:
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +43,14 @@ def tree(text: str) -> list[str]:
         if name.endswith("/"):
             folders.append(name)
     return paths
+
+
+def test_notebooks_define_no_function():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.Lambda)], path.name
+        assert not any(cell.get("outputs") for cell in cells), f"{path.name}: keeps outputs; clear them"
 
 
 def commands(text: str) -> list[list[str]]:

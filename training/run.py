@@ -115,7 +115,6 @@ def _publish(
     out: Path, state: State, dataset: Dataset, recipe: Recipe, name: str, tracking: Tracking, seconds: float
 ) -> Directory:
     best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
-    weights = {key: value.contiguous().cpu() for key, value in state.model.state_dict().items()}
     manifest = {
         "kind": "model",
         "name": name,
@@ -132,7 +131,7 @@ def _publish(
         },
     }
     writers = {
-        WEIGHTS: lambda path: save_file(weights, path),
+        WEIGHTS: lambda path: save_file(state.model.weights(), path),
         ITEMS: lambda path: _copy(dataset.path / ITEMS, path),
     }
     return publish_directory(out / MODEL, writers, manifest)

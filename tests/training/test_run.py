@@ -43,8 +43,8 @@ def dataset(tmp_path_factory) -> Dataset:
     return Dataset.open(folder / "dataset")
 
 
-def recipe(**train_settings):
-    model = {"embedding_size": 8, "blocks": 1, "hidden_size": 11, "length": 13}
+def recipe(embedding="torch", **train_settings):
+    model = {"embedding_size": 8, "blocks": 1, "hidden_size": 11, "length": 13, "embedding": embedding}
     chosen = {"epochs": 2, "batch_tokens": 173, **train_settings}
     small = Recipe("small", {"model": model, "train": chosen})
     return {owner.section: small.read(owner).as_dict() for owner in (ModelSettings, TrainSettings)}
@@ -61,6 +61,16 @@ def test_the_published_model_is_the_one_that_was_judged_best(dataset, tmp_path):
     assert found == model.manifest["quality"]["validation"]
     curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
     assert max(line["ndcg@10"] for line in curve) == found["ndcg@10"]
+
+
+@pytest.mark.torchrec
+def test_a_model_trained_with_torchrec_is_the_one_trained_without_and_serves_without(dataset, tmp_path):
+    plain = run(dataset, tmp_path / "plain")
+    sharded = run(dataset, tmp_path / "torchrec", embedding="torchrec")
+    first, second = (load_file(model.path / "weights.safetensors") for model in (plain, sharded))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert type(model_from(open_directory(sharded.path)).table).__name__ == "TorchTable"
 
 
 def test_same_data_recipe_and_seed_give_the_same_bytes(dataset, tmp_path):
