@@ -21,37 +21,25 @@ class TrainingBatch:
     history: Batch
     targets: Tensor
     """Item rows, int64, shape N, aligned with `history.values`."""
-    learnt: Tensor
-    """True where the target counts; bool, shape N."""
 
     def to(self, device: torch.device) -> TrainingBatch:
-        return TrainingBatch(self.history.to(device), self.targets.to(device), self.learnt.to(device))
+        return TrainingBatch(self.history.to(device), self.targets.to(device))
 
 
 WINDOWS = ("last", "all")
-TARGETS = ("all", "new")
 
 
 class EpochBatches:
     """One epoch of next-item batches from the training part of each user, in an order drawn from (seed, epoch).
 
     A window has at most `length` inputs. With windows "last" a user gives the newest one; with "all", consecutive ones
-    from the end backwards, so that every training event but the first is a target once. `learnt` says which events count
-    as targets (default: all), bool of shape N.
+    from the end backwards, so that every training event but the first is a target once.
     """
 
     def __init__(
-        self,
-        sequences: Sequences,
-        length: int,
-        batch_tokens: int,
-        seed: int,
-        epoch: int,
-        windows: str = "last",
-        learnt: Tensor | None = None,
+        self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int, windows: str = "last"
     ) -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        self.learnt = torch.ones(len(sequences.items), dtype=torch.bool) if learnt is None else learnt
         begins, ends, _ = sequences.windows("train")
         inputs = (ends - begins - 1).clamp(min=0)
         count = (inputs + length - 1) // length if windows == "all" else inputs.clamp(max=1)
@@ -77,14 +65,5 @@ class EpochBatches:
         for group in self.order[step:]:
             users = self.batches[group]
             begins, ends = self.begins[users], self.ends[users]
-            future = gather(items, self.learnt, begins + 1, ends)
-            yield TrainingBatch(gather(items, times, begins, ends - 1), future.values, future.times)
-
-
-def first_events(sequences: Sequences) -> Tensor:
-    """True where an event is the user's first with its item; bool, shape N."""
-    owners = torch.repeat_interleave(torch.arange(sequences.users), sequences.offsets.diff())
-    pairs, order = torch.sort(owners << 32 | sequences.items, stable=True)
-    first = torch.ones(len(pairs), dtype=torch.bool)
-    first[1:] = pairs[1:] != pairs[:-1]
-    return torch.empty_like(first).scatter_(0, order, first)
+            history = gather(items, times, begins, ends - 1)
+            yield TrainingBatch(history, gather(items, times, begins + 1, ends).values)

@@ -17,7 +17,7 @@ from recsys.bundle import write_file
 from recsys.config import Settings
 from recsys.errors import DataError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
-from training.data import TARGETS, WINDOWS, EpochBatches, TrainingBatch, first_events
+from training.data import WINDOWS, EpochBatches, TrainingBatch
 from training.losses import LOSSES
 from training.optimizer import adamw, rate_at
 from training.validate import validate
@@ -39,8 +39,6 @@ class TrainSettings(Settings):
     """Epochs between validations."""
     windows: str = "last"
     """last: of a history longer than model.length only the newest window is learnt; all: every window."""
-    targets: str = "all"
-    """all: every event is learnt; new: only a user's first with an item, as fits where seen items are never shown."""
     batch_tokens: int = 12_800
     """Padded events in a batch."""
     loss: str = "sampled_softmax"
@@ -70,8 +68,6 @@ class TrainSettings(Settings):
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, found {self.loss!r}")
         if self.windows not in WINDOWS:
             raise ValueError(f"windows must be one of {', '.join(WINDOWS)}, found {self.windows!r}")
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, found {self.targets!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
 
@@ -186,7 +182,6 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
     judged = bool((sequences.validation_end > sequences.train_end).any())
-    learnt = first_events(sequences) if settings.targets == "new" else None
     saved_at = time.monotonic()
 
     def save(due: bool) -> None:
@@ -197,7 +192,7 @@ def fit(
 
     while state.epoch < settings.epochs and state.since_best < settings.patience:
         batches = EpochBatches(
-            sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch, settings.windows, learnt
+            sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch, settings.windows
         )
         if not len(batches):
             raise DataError(
@@ -209,14 +204,12 @@ def fit(
         def tell(
             validation: dict[str, float] | None, best: bool, batches: EpochBatches = batches, started: float = started
         ) -> None:
-            rate, mean = state.optimizer.param_groups[0]["lr"], state.loss_sum / max(1, state.targets)
+            rate, mean = state.optimizer.param_groups[0]["lr"], state.loss_sum / state.targets
             seconds = time.monotonic() - started
             observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
 
         for batch in batches.starting_at(state.step):
-            if batch.learnt.any():
-                _learn(state, batch.to(device), settings)
-            state.step, state.steps = state.step + 1, state.steps + 1
+            _learn(state, batch.to(device), settings)
             tell(None, False)
             save(due=False)
         if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
@@ -226,7 +219,7 @@ def fit(
                 state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
                 state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
             state.since_best = 0 if better else state.since_best + 1
-            state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / max(1, state.targets), **figures})
+            state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / state.targets, **figures})
             tell(figures, better)
         state.epoch, state.step, state.loss_sum, state.targets = state.epoch + 1, 0, 0.0, 0
         save(due=True)
@@ -245,11 +238,8 @@ def _learn(state: State, batch: TrainingBatch, settings: TrainSettings) -> None:
         group["lr"] = rate_at(state.steps, state.steps_planned, settings.warmup_steps, settings.learning_rate)
     with _precision(settings.precision, batch.targets.device):
         states_BTE = state.model(batch.history, state.generator)
-    states_NE, targets_N = (
-        states_BTE[batch.history.mask(states_BTE.shape[1])][batch.learnt].float(),
-        batch.targets[batch.learnt],
-    )
-    loss = LOSSES[settings.loss](state.model, states_NE, targets_N, settings.negatives, state.generator)
+    states_NE = states_BTE[batch.history.mask(states_BTE.shape[1])].float()
+    loss = LOSSES[settings.loss](state.model, states_NE, batch.targets, settings.negatives, state.generator)
     if not torch.isfinite(loss):
         raise RecsysError(
             f"the loss became {loss.item()} in step {state.steps}; lower train.learning_rate (it is {settings.learning_rate})"
@@ -257,8 +247,9 @@ def _learn(state: State, batch: TrainingBatch, settings: TrainSettings) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
     state.optimizer.zero_grad()
-    count = len(targets_N)
+    count = len(batch.targets)
     state.loss_sum, state.targets = state.loss_sum + loss.item() * count, state.targets + count
+    state.step, state.steps = state.step + 1, state.steps + 1
 
 
 def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:

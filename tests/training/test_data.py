@@ -1,11 +1,9 @@
 """An epoch shows every training target once and nothing of validation or test."""
 
-import dataclasses
-
 import torch
 
 from recsys.batch import Sequences
-from training.data import EpochBatches, first_events
+from training.data import EpochBatches
 
 
 def targets_of(sequences: Sequences, length: int) -> list[tuple[int, ...]]:
@@ -33,22 +31,6 @@ def test_all_windows_make_every_training_event_but_the_first_a_target_once(ring)
     begins, ends, _ = ring.windows("train")
     pairs = zip((begins + 1).tolist(), ends.tolist(), strict=True)
     assert found == sorted(row for begin, end in pairs for row in ring.items[begin:end].tolist())
-
-
-def test_first_events_are_those_of_items_the_user_has_not_had(ring):
-    doubled = dataclasses.replace(ring, items=ring.items // 3)
-    seen: set[tuple[int, int]] = set()
-    wanted = []
-    for user in range(doubled.users):
-        for item in doubled.items[doubled.offsets[user] : doubled.offsets[user + 1]].tolist():
-            wanted.append((user, item) not in seen)
-            seen.add((user, item))
-    first = first_events(doubled)
-    assert first.tolist() == wanted
-    for batch in EpochBatches(doubled, 7, 97, 0, 0, "all", first):
-        for begin, end in zip(batch.history.offsets[:-1].tolist(), batch.history.offsets[1:].tolist(), strict=True):
-            for place in range(begin, end):  # within a window, what is learnt did not stand before
-                assert not (batch.learnt[place] and batch.targets[place] in batch.history.values[begin : place + 1])
 
 
 def test_no_batch_is_larger_than_its_budget(ring):
