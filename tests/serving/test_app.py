@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -102,12 +102,12 @@ def test_a_real_server_answers_what_the_recommender_does(bundles: dict[str, Path
     root = Path(__file__).parents[2]
     server = subprocess.Popen([sys.executable, "-c", start], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             for _ in range(600):
                 try:
                     client.get("/ready").raise_for_status()
                     break
-                except httpx.TransportError:
+                except httpx2.TransportError:
                     assert server.poll() is None, server.stdout and server.stdout.read().decode()
                     time.sleep(0.1)
             answer = client.post("/v1/recommend", json={"history": [5, 7, 11], "k": 13}).json()
