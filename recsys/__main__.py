@@ -28,6 +28,12 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shi
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")]
 RunOrBundle = Annotated[Path, typer.Argument(metavar="RUN_OR_BUNDLE", help="Directory of a run or of a bundle.")]
 DatasetPath = Annotated[Path, typer.Option("--dataset", help="Directory that `recsys features` made.")]
+History = Annotated[
+    list[str],
+    typer.Option(
+        "--history", metavar="ID_OR_TITLE …", help="Items by id or title, oldest first: --history 1 260, or the option again."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
@@ -177,15 +183,13 @@ def export(
 @app.command()
 def recommend(
     bundle: RunOrBundle,
-    history: Annotated[
-        list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")
-    ],
+    history: History,
     k: Annotated[int, typer.Option("-k", help="Items to recommend.")] = 10,
     json: AsJson = False,
 ) -> None:
     """Recommend for one history.
 
-    Example: recsys recommend bundles/ml-1m --history "Toy Story (1995)" --history 2 -k 10
+    Example: recsys recommend bundles/ml-1m --history "Toy Story (1995)" 2 -k 10
     """
     from recsys.terminal import top_table
     from serving.engine import Recommender
@@ -200,15 +204,13 @@ def recommend(
 @app.command()
 def explain(
     bundle: RunOrBundle,
-    history: Annotated[
-        list[str], typer.Option("--history", help="Item id or title, oldest first; give it once for each item.")
-    ],
+    history: History,
     picture: Annotated[Path | None, typer.Option(help="Write the attention of every layer as a PNG.")] = None,
     json: AsJson = False,
 ) -> None:
     """Show how much the last state attends to each event of a history (attention is a hint, not a proof).
 
-    Example: recsys explain bundles/ml-1m --history 1 --history 2 --picture attention.png
+    Example: recsys explain bundles/ml-1m --history 1 2 --picture attention.png
     """
     from recsys.terminal import records_table
     from serving.engine import Recommender
@@ -318,7 +320,7 @@ def _merge(sections: dict[str, dict[str, Any]], overrides: list[str] | None) -> 
 def main() -> None:
     """Run the command: the user's mistakes leave one line and exit code 2, our own a traceback and 1."""
     try:
-        app()
+        app(_one_by_one(sys.argv[1:]))
     except RecsysError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
@@ -326,6 +328,19 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _one_by_one(words: list[str]) -> list[str]:
+    """`--history A B` as `--history A --history B`: options of several values are none of typer's."""
+    spread: list[str] = []
+    within = False
+    for word in words:
+        if word == "--history":
+            within = True
+            continue
+        within = within and not word.startswith("-")
+        spread += ["--history", word] if within else [word]
+    return spread
 
 
 def _complain(message: str) -> int:

@@ -128,6 +128,16 @@ def test_a_nan_id_is_quarantined_and_counted_without_strict(world, run, tmp_path
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["rows"]["quarantined"] == {"null_id": 1}
 
 
+def test_a_history_may_be_given_in_one_go_or_item_by_item(world, run, capsys):
+    answers = []
+    for words in (["--history", "1", "2", "3", "-k", "5"], ["--history=1", "-k", "5", "--history", "2", "--history", "3"]):
+        capsys.readouterr()
+        assert run("recommend", world / "bundle", "--json", *words) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    assert not {1, 2, 3} & {item["item_id"] for item in answers[0]["items"]}
+
+
 VERBS = [name.name or name.callback.__name__ for name in command.app.registered_commands if name.callback]
 
 
