@@ -19,7 +19,7 @@ FORMAT = 1
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 @dataclass(frozen=True)

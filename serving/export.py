@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from features.dataset import Dataset
 from recsys import __version__
 from recsys.batch import gather
-from recsys.bundle import MANIFEST, open_directory, publish
+from recsys.bundle import MANIFEST, Writer, open_directory, publish
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from serving.catalogue import ITEMS
@@ -60,9 +61,9 @@ def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | Non
             "run": model.get("clock", {}),
         },
     }
-    writers = {
-        WEIGHTS: lambda path: _copy(source / WEIGHTS, path),
-        ITEMS: lambda path: _copy(source / ITEMS, path),
+    writers: dict[str, Writer] = {
+        WEIGHTS: partial(shutil.copyfile, source / WEIGHTS),
+        ITEMS: partial(shutil.copyfile, source / ITEMS),
         VECTORS: lambda path: save_file({"vectors": vectors_VE}, path),
         INDEX: index.write,
     }
@@ -104,7 +105,3 @@ def _spread(count: int) -> Tensor:
     """At most QUERIES numbers below `count`, evenly."""
     chosen = min(QUERIES, count)
     return torch.arange(chosen) * count // max(chosen, 1)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from features.dataset import Dataset
-from recsys.bundle import MANIFEST, Directory, open_directory, write_file
-from recsys.bundle import publish as publish_directory
+from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, write_file
 from recsys.config import Settings
 from recsys.errors import RecsysError
 from recsys.model import WEIGHTS, ModelSettings
@@ -130,12 +130,8 @@ def _publish(
             "tracking": tracking.address,
         },
     }
-    writers = {
+    writers: dict[str, Writer] = {
         WEIGHTS: lambda path: save_file(state.model.weights(), path),
-        ITEMS: lambda path: _copy(dataset.path / ITEMS, path),
+        ITEMS: partial(shutil.copyfile, dataset.path / ITEMS),
     }
-    return publish_directory(out / MODEL, writers, manifest)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+    return publish(out / MODEL, writers, manifest)
