@@ -10,7 +10,15 @@ import polars as pl
 from recsys.errors import DataError
 
 TEXTS = (pl.String, pl.Categorical, pl.Enum)
-ISO_FORMS = ("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z")
+ISO_FORMS = (
+    "%Y-%m-%d",
+    "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%dT%H:%M:%S%.f%#z",
+    "%Y-%m-%dT%H:%M",
+    "%Y-%m-%dT%H:%M%#z",
+)
+BASIC_DATE = r"^(19|20)\d{6}$"
+"""ISO 8601 without dashes, 20111109; as seconds such a text would be a day of August 1970."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ def read_time(name: str, dtype: pl.DataType, unit: str, where: str) -> Cell:
         number = (text.cast(pl.Float64, strict=False) / per_second).floor().cast(pl.Int64, strict=False)
         iso = text.str.replace(r"^(\d{4}-\d{2}-\d{2}) +", "${1}T")
         dates = (iso.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("s") for form in ISO_FORMS)
-        return Cell(pl.coalesce(whole, number, *dates), text.is_null() | (text == ""))
+        day = pl.when(text.str.contains(BASIC_DATE)).then(text).str.to_datetime("%Y%m%d", strict=False, time_unit="us")
+        return Cell(pl.coalesce(day.dt.epoch("s"), whole, number, *dates), text.is_null() | (text == ""))
     raise DataError(f"{where}: column {name} holds {dtype}; a time is a number, a date or ISO 8601 text")
 
 

@@ -94,7 +94,10 @@ def _scan_all(paths: list[Path], names: dict[str, str]) -> pl.LazyFrame:
                     f"{path}: column {column!r} holds {schema[column]}, but {schemas[0][column]} in {paths[0].name}; "
                     "store one type in all files"
                 )
-    return pl.concat(tables, how="diagonal_relaxed")
+    with readable(paths[0].parent):
+        table = pl.concat(tables, how="diagonal_relaxed")
+        table.collect_schema()  # columns that cannot be one are an error here
+    return table
 
 
 def _scan(path: Path, names: dict[str, str]) -> pl.LazyFrame:

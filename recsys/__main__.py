@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys import __version__
-from recsys.errors import RecsysError
+from recsys.errors import RecipeError, RecsysError, SetupError
 
 if TYPE_CHECKING:
     from recsys.config import Recipe, Settings
@@ -31,7 +31,7 @@ DatasetPath = Annotated[Path, typer.Option("--dataset", help="Directory that `re
 History = Annotated[
     list[str],
     typer.Option(
-        "--history", metavar="ID_OR_TITLE …", help="Items by id or title, oldest first: --history 1 260, or the option again."
+        "--history", metavar="ID_OR_TITLE …", help="Items by id or title, oldest first: --history 1 260, after BUNDLE."
     ),
 ]
 Overrides = Annotated[
@@ -43,7 +43,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where the
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Where everything goes; made anew.")] = Path("demo")) -> None:
-    """Everything on the built-in world: data, training, judging, a bundle, and a top-10 you can read."""
+    """Everything on the built-in world: data, training, judging, a bundle, and a top-10 you can read.
+
+    Example: recsys demo --out demo
+    """
     from recsys.demo import run
 
     recipe = _recipe("tiny", None)
@@ -92,8 +95,8 @@ def train(
     from training.run import train as train_run
 
     chosen = _recipe(recipe, settings)
-    resolved = chosen.resolved(_owners())
     data = Dataset.open(dataset)
+    resolved = chosen.resolved(_owners()) | data.manifest["settings"]  # how the data was made, it says itself
     with training_progress() as observe:
         model = train_run(
             data,
@@ -142,9 +145,14 @@ def evaluate(
         typer.echo(json_module.dumps(report.as_dict()))
     else:
         metrics_table(report.rows())
+    if recommender.manifest["dataset"]["hash"] != data.manifest["hash"]:
+        _warn("this is not the data set that the model learnt from; its training events may be among the targets here")
     if track:
-        with Tracking.of(recommender.manifest).run(path.name) as tracking:
-            tracking.report(report.as_dict())
+        try:
+            with Tracking.of(recommender.manifest).run(path.name) as tracking:
+                tracking.report(report.as_dict())
+        except SetupError as error:
+            _warn(f"the report is not recorded: {error}")
 
 
 @app.command()
@@ -169,7 +177,7 @@ def export(
     from serving.index import IndexSettings
 
     model = open_directory(run / "model").manifest
-    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings))
+    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings, IndexSettings))
     manifest = export_run(run, out, recipe.read(IndexSettings), None if dataset is None else Dataset.open(dataset))
     version = ""
     if register:
@@ -254,7 +262,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
 ) -> None:
-    """Answer top-k over HTTP: POST /v1/recommend, GET /health, /ready, and /docs for the rest."""
+    """Answer top-k over HTTP: POST /v1/recommend, GET /health, /ready, and /docs for the rest.
+
+    Example: recsys serve bundles/ml-1m --port 8000
+    """
     from serving.app import serve as run_server
 
     run_server(bundle, host, port)
@@ -262,12 +273,16 @@ def serve(
 
 @app.command()
 def bundles(settings: Overrides = None, json: AsJson = False) -> None:
-    """List the registered bundles, newest first; the champion is the live one."""
+    """List the registered bundles, newest first; the champion is the live one.
+
+    Example: recsys bundles --set tracking.uri=sqlite:///mlflow.db
+    """
     from recsys.config import Recipe
     from recsys.terminal import records_table
     from recsys.tracking import Tracking, TrackingSettings
 
-    versions = Tracking(Recipe("bundles", _merge({}, settings)).read(TrackingSettings)).versions()
+    chosen = Recipe("bundles", _merge({}, settings, TrackingSettings))
+    versions = Tracking(chosen.read(TrackingSettings)).versions()
     if json:
         typer.echo(json_module.dumps(versions))
     else:
@@ -276,7 +291,10 @@ def bundles(settings: Overrides = None, json: AsJson = False) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show versions and devices, and whether torch, fbgemm, torchrec and faiss fit together, with the fix if not."""
+    """Show versions and devices, and whether torch, fbgemm, torchrec and faiss fit together, with the fix if not.
+
+    Example: recsys doctor
+    """
     from recsys.doctor import diagnose, exit_code, render
 
     findings = diagnose()
@@ -311,10 +329,20 @@ def _owners() -> list[type[Settings]]:
     return [DataSettings, SyntheticSettings, SplitSettings, ModelSettings, TrainSettings, IndexSettings, TrackingSettings]
 
 
-def _merge(sections: dict[str, dict[str, Any]], overrides: list[str] | None) -> dict[str, dict[str, Any]]:
+def _merge(
+    sections: dict[str, dict[str, Any]], overrides: list[str] | None, owner: type[Settings]
+) -> dict[str, dict[str, Any]]:
+    """The sections with the overrides, which may be of the owner's section alone."""
     from recsys.config import override
 
+    for section in override({}, overrides or ()):
+        if section != owner.section:
+            raise RecipeError(f"--set {section}.…: this verb reads [{owner.section}] alone; leave it out")
     return override(sections, overrides or ())
+
+
+def _warn(message: str) -> None:
+    print(f"recsys: warning: {message}", file=sys.stderr)
 
 
 def main() -> None:

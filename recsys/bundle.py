@@ -48,6 +48,7 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
         temporary.chmod(0o755)
         for file, write in writers.items():
             write(temporary / file)
+            (temporary / file).chmod(0o644)  # some writers make files for their owner alone; another account may serve
         files = {file: {"sha256": sha256(temporary / file), "bytes": (temporary / file).stat().st_size} for file in writers}
         content = {"format": FORMAT, **manifest, "files": files, "hash": _hash(files)}
         content["id"] = identity(content)

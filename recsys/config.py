@@ -22,7 +22,7 @@ class Settings:
     can be rebuilt where only torch is installed.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
     section: ClassVar[str]
 
     def as_dict(self) -> dict[str, Any]:

@@ -32,8 +32,11 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
     if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise RecsysError(f"{out}: exists and is no earlier demo; give another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / MARK).touch()
+    try:
+        out.mkdir(parents=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another folder with --out") from None
     with terminal.steps("demo") as tell:
         tell("a world of made-up users and items, whose law is known")
         world = write(recipe.read(SyntheticSettings), out / "raw")

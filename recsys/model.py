@@ -53,8 +53,8 @@ class ModelSettings(Settings):
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.embedding_size % self.heads:
             raise ValueError(f"heads must divide embedding_size, found {self.heads} and {self.embedding_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), found {self.dropout}")
+        if not 0 <= self.dropout <= 0.99:
+            raise ValueError(f"dropout must be from 0 to .99, found {self.dropout}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
         if self.similarity not in SIMILARITIES:

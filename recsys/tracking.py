@@ -62,16 +62,28 @@ class Tracking:
         if not self.on:
             yield self
             return
+        store = self.uri.removeprefix("sqlite:///")
+        if self.run_id and store != self.uri and not Path(store).is_file():  # MLflow would make an empty one there
+            raise self._gone()
         mlflow = self._mlflow()
-        with mlflow.start_run(run_id=self.run_id or None, run_name=name, log_system_metrics=True) as active:
+        try:
+            active = mlflow.start_run(run_id=self.run_id or None, run_name=name, log_system_metrics=True)
+        except mlflow.exceptions.MlflowException:
+            raise self._gone() from None
+        with active:
             self.run_id = active.info.run_id
             yield self
+
+    def _gone(self) -> SetupError:
+        return SetupError(f"MLflow at {self.uri} has no run {self.run_id}; bring its store back, or leave MLflow out")
 
     def settings_of(self, recipe: Mapping[str, Mapping[str, Any]]) -> None:
         """Every setting as a parameter `section.key`; a resumed run's are already there."""
         if self.on:
+            mlflow = self._mlflow()
+            known = mlflow.MlflowClient().get_run(self.run_id).data.params
             flat = {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
-            self._mlflow().log_params(flat)
+            mlflow.log_params({name: value for name, value in flat.items() if name not in known})
 
     def dataset(self, name: str, digest: str, source: str, profile: str) -> None:
         """The data set with its hash."""

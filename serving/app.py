@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recsys import __version__
-from recsys.errors import RequestError
+from recsys.errors import RequestError, SetupError
 from serving.engine import Recommender
 
 BODY = 2**20
@@ -145,5 +146,9 @@ def serve(bundle: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     torch.set_num_threads(1)
     recommender = Recommender.load(bundle, threads=1)
+    try:
+        listener = socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise SetupError(f"{host}:{port}: cannot listen there ({error.strerror}); give another --host or --port") from None
     recommender.answer(["?"], 1, ignore_unknown=True)  # reads ids and titles before the first request
-    uvicorn.run(create_app(recommender), host=host, port=port)
+    uvicorn.Server(uvicorn.Config(create_app(recommender))).run(sockets=[listener])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys.batch import Batch
+from recsys.errors import RequestError
 from serving.engine import Recommender
 
 
@@ -57,4 +58,7 @@ def draw(found: Attention, path: Path) -> None:
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.7)
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); give another place for the picture") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,10 +51,16 @@ def write_frames(
 
     `columns` are those of lists_frame. Raises RecsysError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of its own: two writers do not mix
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o644)
+    except OSError as error:
+        raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
+    try:
         write_parquet(frames, columns, temporary, metadata=metadata)
         replace_file(temporary, path)
     except OSError as error:

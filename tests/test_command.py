@@ -86,6 +86,14 @@ def not_a_setting(world, tmp):
     return ["train", "tiny", "--dataset", world / "dataset", "--out", tmp / "run", "--set", "epochs"]
 
 
+def another_verbs_section(world, tmp):
+    return ["export", world / "run", "--out", tmp / "out", "--set", "model.length=3"]
+
+
+def unwritable_picture(world, tmp):
+    return ["explain", world / "bundle", "--history", "1", "--picture", tmp / "no" / "such.png"]
+
+
 def no_such_split(world, tmp):
     return ["evaluate", world / "bundle", "--dataset", world / "dataset", "--split", "future"]
 
@@ -108,6 +116,8 @@ def no_such_split(world, tmp):
         (no_run, "no manifest.json"),
         (not_a_setting, "section.key=value"),
         (no_such_split, "future"),
+        (another_verbs_section, "[index] alone"),
+        (unwritable_picture, "such.png"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -119,6 +129,18 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake, says, world, run, 
     assert len(lines) == 1
     assert says in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_recorded_is_still_given(world, run, tmp_path, capsys):
+    shutil.copytree(world / "run" / "model", tmp_path / "model")
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    manifest["clock"]["tracking"] = {"uri": f"sqlite:///{tmp_path}/gone.db", "run_id": "0" * 32}
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "model", "--dataset", world / "dataset", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["users"] == 211
+    assert "warning: the report is not recorded" in shown.err
 
 
 def test_a_nan_id_is_quarantined_and_counted_without_strict(world, run, tmp_path, capsys):
@@ -142,9 +164,9 @@ VERBS = [name.name or name.callback.__name__ for name in command.app.registered_
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, run, capsys):
+def test_every_verb_has_help_with_an_example(verb, run, capsys):
     assert run(verb, "--help") == 0
-    assert "Usage: " in capsys.readouterr().out
+    assert f"Example: recsys {verb}" in capsys.readouterr().out
 
 
 def test_the_module_runs_as_the_command_does():

@@ -62,6 +62,8 @@ class TrainSettings(Settings):
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, found {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, found {self.seed}")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("warmup_steps and weight_decay must not be negative")
         if self.loss not in LOSSES:
@@ -87,7 +89,7 @@ class Observation:
     seconds: float
     """Spent in this epoch's steps by this process."""
     validation: dict[str, float] | None = None
-    """None after a step; empty where the data set has no validation events."""
+    """None after a step; empty where no user can be judged."""
     best: bool = False
 
 
@@ -149,7 +151,9 @@ class State:
         except Exception as error:  # torch.load raises many kinds; all mean the same to the user
             raise RecsysError(f"{path}: cannot be read ({type(error).__name__}); delete it to train from the start") from None
         if saved["key"] != key:
-            raise RecsysError(f"{path}: belongs to another recipe or data set; give another run directory or delete this one")
+            raise RecsysError(
+                f"{path}: belongs to another recipe, data set or device; give another run directory or delete this one"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
@@ -172,7 +176,7 @@ def fit(
 ) -> State:
     """Train until `epochs` or until patience ends; the returned state's model holds the best validation weights.
 
-    Where no user has validation events, all epochs are done and the last weights are the best.
+    Where nobody can be judged by validation, all epochs are done and the last weights are the best.
 
     `items` is the count of items with training events. Where `checkpoint` exists, training goes on from it and ends with
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
@@ -181,7 +185,6 @@ def fit(
     state = _begin(items, model_settings, settings, device)
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
-    judged = bool((sequences.validation_end > sequences.train_end).any())
     saved_at = time.monotonic()
 
     def save(due: bool) -> None:
@@ -213,8 +216,8 @@ def fit(
             tell(None, False)
             save(due=False)
         if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
-            figures = validate(state.model, sequences) if judged else {}
-            better = not judged or figures["ndcg@10"] > state.best
+            figures = validate(state.model, sequences)
+            better = not figures or figures["ndcg@10"] > state.best
             if better:
                 state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
                 state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}

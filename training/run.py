@@ -53,7 +53,7 @@ def train(
     with tracking.run(out.name):
         tracking.settings_of(recipe)
         tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
-        write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "mlflow_run": tracking.run_id}, indent=1).encode())
+        write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "tracking": tracking.address}, indent=1).encode())
         started = time.monotonic()
 
         def watch(observation: Observation) -> None:
@@ -74,7 +74,7 @@ def train(
             TrainSettings(**recipe[TrainSettings.section]),
             device=device,
             checkpoint=out / CHECKPOINT,
-            key=key,
+            key=f"{key} on {device.type}",
             observe=watch,
         )
         write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in state.curve).encode())
@@ -104,10 +104,14 @@ def _begun(out: Path, key: str, tracking: Tracking) -> bool:
         if any(out.iterdir()):
             raise RecsysError(f"{out}: holds other files and no run; give another place for the run")
         return False
-    found = json.loads((out / RUN).read_text(encoding="utf-8"))
-    if found["key"] != key:
+    try:
+        found = json.loads((out / RUN).read_text(encoding="utf-8"))
+        found_key, address = found["key"], found["tracking"]
+    except (ValueError, KeyError, TypeError):
+        raise RecsysError(f"{out / RUN}: cannot be read; delete {out} and train again") from None
+    if found_key != key:
         raise RecsysError(f"{out}: holds a run of another recipe or data set; give another place, or delete it")
-    tracking.run_id = found["mlflow_run"]
+    tracking.uri, tracking.run_id = address["uri"], address["run_id"]
     return True
 
 

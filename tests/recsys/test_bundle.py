@@ -202,3 +202,12 @@ def test_a_file_is_replaced_whole_and_nothing_stays_beside_it(tmp_path):
     write_file(path, b"long ago")
     write_file(path, b"now")
     assert contents(tmp_path) == {"curve": b"now"}
+
+
+def test_whoever_serves_may_read_what_another_account_wrote(tmp_path):
+    def private(path):
+        path.touch(mode=0o600)
+
+    publish(tmp_path / "bundle", {"weights": private}, {})
+    for file in ("weights", MANIFEST):
+        assert (tmp_path / "bundle" / file).stat().st_mode & 0o044 == 0o044

@@ -153,3 +153,10 @@ def test_tracking_without_mlflow_says_how_to_go_on(tmp_path):
     run = run_without_mlflow(tmp_path, "sqlite:///runs.db")
     assert "SetupError: mlflow does not load" in run.stderr.splitlines()[-1]
     assert run.stderr.splitlines()[-1].endswith("run `recsys doctor`, or set tracking.uri=off")
+
+
+def test_a_run_whose_store_is_gone_is_an_error_and_no_new_store(tmp_path):
+    tracking = Tracking(TrackingSettings(uri=f"sqlite:///{tmp_path}/gone.db"), run_id="0" * 32)
+    with pytest.raises(SetupError, match="has no run"), tracking.run("again"):
+        pass
+    assert not (tmp_path / "gone.db").exists()

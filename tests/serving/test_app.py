@@ -12,7 +12,8 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from serving.app import BODY, create_app
+from recsys.errors import SetupError
+from serving.app import BODY, create_app, serve
 from serving.engine import Recommender
 
 
@@ -116,3 +117,8 @@ def test_a_real_server_answers_what_the_recommender_does(bundles: dict[str, Path
         server.terminate()
         output = server.communicate(timeout=30)[0].decode()
     assert "Traceback" not in output
+
+
+def test_a_busy_port_is_named(bundles: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(SetupError, match="cannot listen there"):
+        serve(bundles["exact"], "127.0.0.1", busy.getsockname()[1])

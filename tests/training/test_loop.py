@@ -57,7 +57,7 @@ def test_a_training_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(ring, tmp_path):
     path = tmp_path / "c.pt"
     fit(ring, RING, MODEL, TRAIN, checkpoint=path, key="one")
-    with pytest.raises(RecsysError, match="another recipe or data set"):
+    with pytest.raises(RecsysError, match="another recipe, data set or device"):
         fit(ring, RING, MODEL, TRAIN, checkpoint=path, key="two")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RecsysError, match="cannot be read"):
@@ -74,8 +74,14 @@ def test_patience_ends_training_and_the_best_weights_stay(ring):
     assert validate(state.model, ring)["ndcg@10"] == state.best
 
 
-def test_without_validation_events_every_epoch_is_done_and_the_last_weights_stay(ring):
-    unjudged = dataclasses.replace(ring, train_end=ring.validation_end)
+@pytest.mark.parametrize("new", [True, False])
+def test_where_nobody_can_be_judged_every_epoch_is_done_and_the_last_weights_stay(ring, new):
+    if new:
+        unjudged = dataclasses.replace(ring, train_end=ring.validation_end)
+    else:  # what follows the training part stood in it before
+        items = ring.items.clone()
+        items[ring.offsets[:-1] + ring.train_end] = items[ring.offsets[:-1]]
+        unjudged = dataclasses.replace(ring, items=items)
     told: list[Observation] = []
     state = fit(unjudged, RING, MODEL, dataclasses.replace(TRAIN, patience=1), observe=told.append)
     assert [seen.validation for seen in told if seen.validation is not None] == [{}] * 4

@@ -111,6 +111,25 @@ def test_mlflow_has_the_settings_the_curve_the_data_and_the_model(dataset, tmp_p
     assert {file.path for file in client.list_artifacts(tracking.run_id)} == {"curve.jsonl", "manifest.json"}
 
 
+def test_a_run_goes_on_in_its_own_store_with_other_settings_that_do_not_decide(dataset, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    first = Tracking(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    settings = recipe() | {"index": {"kind": "exact"}}
+    arguments = {"name": "small", "device": torch.device("cpu")}
+
+    def cut(seen):
+        if seen.validation is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, settings, tmp_path / "run", tracking=first, observe=cut, **arguments)
+    elsewhere = Tracking(TrackingSettings(uri=f"sqlite:///{tmp_path}/other.db"))
+    train(dataset, settings | {"index": {"kind": "hnsw"}}, tmp_path / "run", tracking=elsewhere, **arguments)
+    assert elsewhere.address == first.address
+    assert mlflow.MlflowClient(first.uri).get_run(first.run_id).info.status == "FINISHED"
+    assert not (tmp_path / "other.db").exists()
+
+
 def command(dataset: Dataset, out: Path) -> list[str]:
     changes = [part for setting in (*SETTINGS, "tracking.uri=off") for part in ("--set", setting)]
     return [sys.executable, "-m", "recsys", "train", "tiny", "--dataset", str(dataset.path), "--out", str(out), *changes]
