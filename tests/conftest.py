@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from recsys import __main__ as command
 collect_ignore = ["benchmarks"]  # measured by hand, never asserted on time
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", hypothesis.settings(), deadline=None)  # no test asserts on time
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
