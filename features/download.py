@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import tempfile
@@ -16,6 +15,7 @@ from typing import IO
 from urllib.parse import unquote_plus, urlsplit
 
 import recsys
+from recsys.bundle import sha256
 from recsys.errors import DataError, SetupError
 
 Progress = Callable[[str, int, int], None]
@@ -66,12 +66,6 @@ def fetch(file: Published, folder: Path, progress: Progress | None = None, pause
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(path: Path, file: Published, remedy: str) -> None:
