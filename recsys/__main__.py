@@ -34,6 +34,11 @@ History = Annotated[
         "--history", metavar="ID_OR_TITLE …", help="Items by id or title, oldest first: --history 1 260, after BUNDLE."
     ),
 ]
+Times = Annotated[
+    list[int] | None,
+    typer.Option("--times", metavar="SECOND …", help="Seconds since 1970 of each event, where the model reads them."),
+]
+Now = Annotated[int | None, typer.Option("--now", help="Second since 1970 at which to recommend; later events are left out.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
@@ -173,12 +178,14 @@ def export(
     from recsys.bundle import open_directory
     from recsys.config import Recipe
     from recsys.tracking import Tracking
+    from serving.engine import DepthSettings
     from serving.export import export as export_run
     from serving.index import IndexSettings
 
     model = open_directory(run / "model").manifest
-    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings, IndexSettings))
-    manifest = export_run(run, out, recipe.read(IndexSettings), None if dataset is None else Dataset.open(dataset))
+    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings, IndexSettings, DepthSettings))
+    data = None if dataset is None else Dataset.open(dataset)
+    manifest = export_run(run, out, recipe.read(IndexSettings), data, recipe.read(DepthSettings))
     version = ""
     if register:
         with Tracking.of(model).run(run.name) as tracking:
@@ -193,6 +200,8 @@ def recommend(
     bundle: RunOrBundle,
     history: History,
     k: Annotated[int, typer.Option("-k", help="Items to recommend.")] = 10,
+    times: Times = None,
+    now: Now = None,
     json: AsJson = False,
 ) -> None:
     """Recommend for one history.
@@ -202,7 +211,7 @@ def recommend(
     from recsys.terminal import top_table
     from serving.engine import Recommender
 
-    answer = Recommender.load(bundle).answer(history, k=k)
+    answer = Recommender.load(bundle).answer(history, k=k, times=times or None, now=now)
     if json:
         typer.echo(json_module.dumps(answer))
     else:
@@ -213,6 +222,8 @@ def recommend(
 def explain(
     bundle: RunOrBundle,
     history: History,
+    times: Times = None,
+    now: Now = None,
     picture: Annotated[Path | None, typer.Option(help="Write the attention of every layer as a PNG.")] = None,
     json: AsJson = False,
 ) -> None:
@@ -224,7 +235,7 @@ def explain(
     from serving.engine import Recommender
     from serving.explain import attention, draw
 
-    shares = attention(Recommender.load(bundle), history)
+    shares = attention(Recommender.load(bundle), history, times or None, now)
     if picture is not None:
         draw(shares, picture)
     if json:
@@ -239,6 +250,7 @@ def nightly(
     dataset: DatasetPath,
     out: Annotated[Path, typer.Option(help="Parquet file of user_id, item_id, rank, score.")],
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 100,
+    now: Now = None,
 ) -> None:
     """Score every user of a data set and write their lists.
 
@@ -250,7 +262,7 @@ def nightly(
     from serving.nightly import nightly as score_all
 
     with bar("users") as progress:
-        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k=k, progress=partial(progress, "nightly"))
+        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k, now, partial(progress, "nightly"))
     typer.echo(
         f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second"
     )
@@ -321,23 +333,24 @@ def _owners() -> list[type[Settings]]:
     from features.schema import DataSettings
     from features.split import SplitSettings
     from features.synthetic import SyntheticSettings
-    from recsys.model import ModelSettings
     from recsys.tracking import TrackingSettings
+    from serving.engine import DepthSettings
     from serving.index import IndexSettings
-    from training.loop import TrainSettings
+    from training.run import DECISIVE
 
-    return [DataSettings, SyntheticSettings, SplitSettings, ModelSettings, TrainSettings, IndexSettings, TrackingSettings]
+    return [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, IndexSettings, DepthSettings, TrackingSettings]
 
 
 def _merge(
-    sections: dict[str, dict[str, Any]], overrides: list[str] | None, owner: type[Settings]
+    sections: dict[str, dict[str, Any]], overrides: list[str] | None, *owners: type[Settings]
 ) -> dict[str, dict[str, Any]]:
-    """The sections with the overrides, which may be of the owner's section alone."""
+    """The sections with the overrides, which may be of the owners' sections alone."""
     from recsys.config import override
 
+    known = [owner.section for owner in owners]
     for section in override({}, overrides or ()):
-        if section != owner.section:
-            raise RecipeError(f"--set {section}.…: this verb reads [{owner.section}] alone; leave it out")
+        if section not in known:
+            raise RecipeError(f"--set {section}.…: this verb reads [{'] and ['.join(known)}] alone; leave it out")
     return override(sections, overrides or ())
 
 
@@ -359,15 +372,15 @@ def main() -> None:
 
 
 def _one_by_one(words: list[str]) -> list[str]:
-    """`--history A B` as `--history A --history B`: options of several values are none of typer's."""
+    """`--history A B` as `--history A --history B`, and `--times` likewise: options of several values are none of typer's."""
     spread: list[str] = []
-    within = False
+    option = ""
     for word in words:
-        if word == "--history":
-            within = True
+        if word in ("--history", "--times"):
+            option = word
             continue
-        within = within and not word.startswith("-")
-        spread += ["--history", word] if within else [word]
+        option = "" if word.startswith("-") else option
+        spread += [option, word] if option else [word]
     return spread
 
 

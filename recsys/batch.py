@@ -65,6 +65,11 @@ class Batch:
         out_BT[self.mask(out_BT.shape[1])] = self.values
         return out_BT
 
+    def places(self, positions: int) -> Tensor:
+        """Where each event lies in a flat array of B × T, int64, shape N."""
+        starts = torch.arange(len(self), device=self.values.device) * positions - self.offsets[:-1]
+        return torch.arange(len(self.values), device=self.values.device) + torch.repeat_interleave(starts, self.lengths)
+
     def mask(self, positions: int) -> Tensor:
         """True where a padded position holds an event; bool, shape B × T."""
         return torch.arange(positions, device=self.values.device) < self.lengths[:, None]
@@ -112,6 +117,14 @@ class Sequences:
     @property
     def users(self) -> int:
         return len(self.offsets) - 1
+
+    def training_counts(self, items: int) -> Tensor:
+        """Training events of each catalogue item, int64, shape `items`; line i belongs to row FIRST_ITEM + i."""
+        begins, ends, _ = self.windows("train")
+        change = torch.zeros(len(self.items) + 1, dtype=torch.int64)
+        change.index_add_(0, begins, torch.ones_like(begins)).index_add_(0, ends, -torch.ones_like(ends))
+        rows = self.items[change.cumsum(0)[:-1] > 0].long()
+        return torch.bincount(rows, minlength=FIRST_ITEM + items)[FIRST_ITEM : FIRST_ITEM + items]
 
     def windows(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """Flat (start of history, end of history = start of targets, end of targets), each int64 of shape U.

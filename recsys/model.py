@@ -5,16 +5,20 @@ B histories · N events · T positions · E embedding size
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, embedding, pad
 
-from recsys.attention import SASRecBlock, dropout
+from recsys.attention import PATTERNS, POSITIONS, TIME_BUCKETS, TIMES, View, time_bucket
 from recsys.batch import FIRST_ITEM, UNKNOWN, Batch
+from recsys.blocks import BLOCKS, Block
 from recsys.bundle import Directory
 from recsys.config import Settings
+from recsys.dropout import dropout
 from recsys.embedding import TABLES
 from recsys.errors import BundleError
 from recsys.scoring import SIMILARITIES, place_items, place_users
@@ -28,18 +32,36 @@ class ModelSettings(Settings):
 
     section: ClassVar[str] = "model"
 
+    objective: str = "causal"
+    """What a state is learnt to name: causal: the next item (SASRec); masked: an item hidden among all others (BERT4Rec)."""
     embedding_size: int = 64
     """Width of item vectors and states."""
+    block: str = "sasrec"
+    """Kind of block: sasrec, ligr or hstu."""
     blocks: int = 2
-    """Self-attention blocks."""
+    """Blocks that a state goes through."""
+    distinct_blocks: int = 0
+    """Blocks with weights of their own, used in turn; 0: all."""
     heads: int = 1
     """Attention heads; must divide the embedding size."""
     hidden_size: int = 256
-    """Width inside a block's feed-forward layer."""
+    """Width inside a block's feed-forward layer; hstu has none."""
+    attention: str = "full"
+    """Which events an event sees: full, local (the nearest) or block_sparse (its block, and the ends of the others)."""
+    span: int = 64
+    """Events that local attention reaches back, and in a block of block_sparse."""
+    positions: str = "learned"
+    """Where an event stands: learned (a vector each), rotary, relative (a bias for each distance) or none."""
+    time: str = "none"
+    """Log-bucketed durations: gaps (since the event before, a vector), relative (between two events, a bias), both, none."""
+    request_time: bool = False
+    """Whether the model reads when it is asked: durations then run up to the next event or the request."""
     length: int = 200
     """Events of a history that the model reads, counted from the last."""
     dropout: float = 0.2
     """Share of elements dropped while training; a multiple of 1/256 is used."""
+    early_exit: bool = False
+    """Whether the states after every block are learnt, so that serving may leave before the last."""
     similarity: str = "dot"
     """How a state meets an item: dot or cosine."""
     temperature: float = 1.0
@@ -48,25 +70,46 @@ class ModelSettings(Settings):
     """Backend of the item table: torch or torchrec."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_size", "blocks", "heads", "hidden_size", "length"):
+        for name in ("embedding_size", "blocks", "heads", "hidden_size", "length", "span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
         if self.embedding_size % self.heads:
             raise ValueError(f"heads must divide embedding_size, found {self.heads} and {self.embedding_size}")
+        if self.positions == "rotary" and self.embedding_size // self.heads % 2:
+            raise ValueError(f"rotary positions need an even width per head, found {self.embedding_size // self.heads}")
+        if not 0 <= self.distinct_blocks <= self.blocks:
+            raise ValueError(f"distinct_blocks must be from 0 to blocks, found {self.distinct_blocks} and {self.blocks}")
         if not 0 <= self.dropout <= 0.99:
             raise ValueError(f"dropout must be from 0 to .99, found {self.dropout}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, found {self.similarity!r}")
-        if self.embedding not in TABLES:
-            raise ValueError(f"embedding must be one of {', '.join(TABLES)}, found {self.embedding!r}")
+        if self.request_time and self.time == "none":
+            raise ValueError("request_time needs durations to read: set time to gaps, relative or both")
+        if self.objective == "masked" and self.time != "none" and not self.request_time:
+            raise ValueError("a masked item's durations tell when it happens: set request_time, or time to none")
+        if self.objective == "masked" and self.length < 2:
+            raise ValueError("length must be at least 2 where the last place is the mask's, found 1")
+
+
+CHOICES = {
+    "objective": ("causal", "masked"),
+    "block": tuple(BLOCKS),
+    "attention": tuple(PATTERNS),
+    "positions": POSITIONS,
+    "time": TIMES,
+    "similarity": SIMILARITIES,
+    "embedding": tuple(TABLES),
+}
 
 
 class SequenceModel(nn.Module):
-    """SASRec (Kang & McAuley 2018) over `items` items, whose rows start at FIRST_ITEM.
+    """SASRec, BERT4Rec or HSTU, by its settings, over `items` items, whose rows start at FIRST_ITEM.
 
-    Without a generator nothing is random: dropout acts only where one is given.
+    Without a generator nothing is random: dropout acts only where one is given. The mask of the masked objective is the
+    row UNKNOWN: an event whose item is not known.
     """
 
     def __init__(self, settings: ModelSettings, items: int) -> None:
@@ -74,37 +117,76 @@ class SequenceModel(nn.Module):
         self.settings, self.items = settings, items
         size = settings.embedding_size
         self.table = TABLES[settings.embedding](FIRST_ITEM + items, size)
-        self.positions = nn.Parameter(torch.empty(settings.length, size))
-        self.blocks = nn.ModuleList(
-            SASRecBlock(size, settings.heads, settings.hidden_size, settings.dropout) for _ in range(settings.blocks)
-        )
+        self.positions = nn.Parameter(torch.empty(settings.length, size)) if settings.positions == "learned" else None
+        timed = settings.time in ("gaps", "both")
+        self.gaps = nn.Parameter(torch.empty(TIME_BUCKETS + 1, size)) if timed else None
+        asked = timed and settings.request_time and settings.objective == "causal"
+        self.asked_gaps = nn.Parameter(torch.empty(TIME_BUCKETS, size)) if asked else None
+        distinct = settings.distinct_blocks or settings.blocks
+        self.blocks = nn.ModuleList(BLOCKS[settings.block](settings) for _ in range(distinct))
         self.norm = nn.LayerNorm(size)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> SequenceModel:
-        """Draw all weights anew: matrices normal with deviation .02, norms 1, biases and the rows below FIRST_ITEM 0."""
+        """Draw all weights anew: matrices normal with deviation .02, norms 1, biases and rows that are not learnt 0."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-        self.table.weight[:FIRST_ITEM] = 0
+        self.table.weight[: UNKNOWN if self.settings.objective == "masked" else FIRST_ITEM] = 0
         return self
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E."""
-        x_BTE = self._embed(batch, generator)
-        for block in self.blocks:
-            x_BTE = block(x_BTE, generator)
-        return place_users(self.norm(x_BTE), self.settings.similarity, self.settings.temperature)
+    def forward(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        *,
+        asked: Tensor | None = None,
+        positions: int | None = None,
+    ) -> Tensor:
+        """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E.
 
-    def encode(self, batch: Batch) -> Tensor:
-        """Placed state after the last event of each history, shape B × E; an empty history's state is 0."""
-        batch = batch.last(self.settings.length)
-        states_BTE: Tensor = self(batch)
-        last_B = batch.lengths - 1
-        states_BE = states_BTE[torch.arange(len(batch), device=last_B.device), last_B.clamp(min=0)]
-        return states_BE * (last_B >= 0)[:, None]
+        `asked` is when each state is asked for, seconds, shape N: read, and needed, by a causal model of request times.
+        `positions` is the padded length T (default: the longest history).
+        """
+        *_, x_BTE = self._states(batch, generator, asked, positions)
+        return self._place(x_BTE)
+
+    def exits(self, batch: Batch, generator: torch.Generator | None = None, *, asked: Tensor | None = None) -> list[Tensor]:
+        """`forward` before the first block and after each: blocks + 1 states, the last one last."""
+        return [self._place(x_BTE) for x_BTE in self._states(batch, generator, asked, None)]
+
+    def encode(
+        self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
+    ) -> Tensor:
+        """Placed state of each history, shape B × E; an empty history's state is 0.
+
+        `now` is when each is asked for, seconds, shape B; without it, at the time of its last event. `leave` spends fewer
+        blocks (a saturated state is final, as in CALM, Schuster et al. 2022): a history leaves after the first block
+        whose output has at least that cosine with its input, one number a block but the last.
+        """
+        some_B = batch.lengths > 0
+        batch, asked = self.asked(batch, now)
+        x_BTE, view = self._embed(batch, None, asked, positions)
+        out_BE = x_BTE.new_zeros(len(batch), x_BTE.shape[2])
+        going_B, last_B = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
+        for depth, block in enumerate(self._depth()):
+            before_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
+            x_BTE = block(x_BTE, view)
+            state_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
+            if depth >= len(leave):
+                continue
+            left_B = cosine_similarity(self.norm(before_BE), self.norm(state_BE)) >= leave[depth]
+            out_BE[going_B[left_B]] = self._place(state_BE[left_B])
+            going_B, last_B, x_BTE, view = going_B[~left_B], last_B[~left_B], x_BTE[~left_B], view.take(~left_B)
+            state_BE = state_BE[~left_B]
+        out_BE[going_B] = self._place(state_BE)
+        return out_BE * some_B[:, None]
+
+    def readable(self, batch: Batch) -> Batch:
+        """The last events that the model reads of each history."""
+        return batch.last(self.settings.length - (self.settings.objective == "masked"))
 
     def vectors(self, rows: Tensor) -> Tensor:
         """Placed vectors of item rows; a further axis of width E."""
@@ -120,21 +202,84 @@ class SequenceModel(nn.Module):
         named = {name: value for name, value in self.state_dict().items() if not name.startswith("table.")}
         return {name: value.detach().cpu().contiguous() for name, value in {**named, "table.weight": self.table.weight}.items()}
 
-    def attention(self, batch: Batch) -> list[Tensor]:
-        """Attention weights of each block, shape B × heads × T × T."""
-        x_BTE = self._embed(batch, None)
+    def attention(self, batch: Batch, now: Tensor | None = None) -> list[Tensor]:
+        """Attention weights of each block, shape B × heads × T × T; for the masked objective, a mask is the last event."""
+        batch, asked = self.asked(batch, now)
+        x_BTE, view = self._embed(batch, None, asked, None)
         out: list[Tensor] = []
-        for block in self.blocks:
-            assert isinstance(block, SASRecBlock)
-            out.append(block.attention_weights(x_BTE))
-            x_BTE = block(x_BTE)
+        for block in self._depth():
+            out.append(block.attention_weights(x_BTE, view))
+            x_BTE = block(x_BTE, view)
         return out
 
-    def _embed(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        rows_BT = batch.padded(max(1, int(batch.lengths.max())))
+    def _depth(self) -> Iterator[Block]:
+        for depth in range(self.settings.blocks):
+            block = self.blocks[depth % len(self.blocks)]
+            assert isinstance(block, Block)
+            yield block
+
+    def asked(self, batch: Batch, now: Tensor | None) -> tuple[Batch, Tensor | None]:
+        """What the model reads when it is asked at `now`, and when each state is asked for."""
+        batch = self.readable(batch)
+        some_B, ends_B = batch.lengths > 0, batch.offsets[1:] - 1
+        if now is None:
+            now = torch.zeros_like(ends_B)
+            now[some_B] = batch.times[ends_B[some_B]]
+        if self.settings.objective == "masked":
+            return _with_mask(batch, now), None
+        if not self.settings.request_time:
+            return batch, None
+        asked = batch.times.roll(-1)
+        asked[ends_B[some_B]] = now[some_B]
+        return batch, asked
+
+    def _states(
+        self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None
+    ) -> Iterator[Tensor]:
+        x_BTE, view = self._embed(batch, generator, asked, positions)
+        yield x_BTE
+        for block in self._depth():
+            x_BTE = block(x_BTE, view, generator)
+            yield x_BTE
+
+    def _place(self, x_BTE: Tensor) -> Tensor:
+        return place_users(self.norm(x_BTE), self.settings.similarity, self.settings.temperature)
+
+    def _embed(
+        self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None
+    ) -> tuple[Tensor, View]:
+        if not self.settings.request_time or self.settings.objective == "masked":
+            asked = None
+        elif asked is None:
+            raise ValueError("the model reads request times, and none are given")
+        positions = positions or max(1, int(batch.lengths.max()))
+        rows_BT, mask_BT = batch.padded(positions), batch.mask(positions)
         rows_BT = torch.where(rows_BT < FIRST_ITEM + self.items, rows_BT, UNKNOWN)
-        x_BTE = self.table(rows_BT) * self.settings.embedding_size**0.5 + self.positions[: rows_BT.shape[1]]
-        return dropout(x_BTE, self.settings.dropout, generator)
+        x_BTE = self.table(rows_BT) * self.settings.embedding_size**0.5
+        if self.positions is not None:  # serving pads beyond the longest history
+            x_BTE = x_BTE + pad(self.positions, (0, 0, 0, max(0, positions - self.settings.length)))[:positions]
+        times_BT = torch.zeros_like(rows_BT).masked_scatter_(mask_BT, batch.times)
+        asked_BT = times_BT if asked is None else torch.zeros_like(rows_BT).masked_scatter_(mask_BT, asked)
+        if self.gaps is not None:
+            gaps_BT = time_bucket(times_BT.diff(dim=1, prepend=times_BT[:, :1]))
+            gaps_BT[:, 0] = TIME_BUCKETS
+            x_BTE = x_BTE + embedding(gaps_BT, self.gaps)
+        if self.asked_gaps is not None:
+            x_BTE = x_BTE + embedding(time_bucket(asked_BT - times_BT), self.asked_gaps)
+        view = View(batch.lengths, positions, times_BT, asked_BT)
+        return dropout(x_BTE, self.settings.dropout, generator), view
+
+
+def _with_mask(batch: Batch, now_B: Tensor) -> Batch:
+    """Each history with a masked event at its end."""
+    starts = torch.arange(len(batch) + 1, device=batch.offsets.device)
+    ends = batch.offsets[1:] + starts[:-1]
+    kept = torch.ones(len(batch.values) + len(batch), dtype=torch.bool, device=ends.device)
+    kept[ends] = False
+    values, times = ends.new_empty(len(kept)), ends.new_empty(len(kept))
+    values[kept], times[kept] = batch.values, batch.times
+    values[ends], times[ends] = UNKNOWN, now_B
+    return Batch(values, batch.offsets + starts, times)
 
 
 def model_from(directory: Directory, device: str = "cpu") -> SequenceModel:

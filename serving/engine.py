@@ -14,18 +14,20 @@ B histories · E width · V items · n, C candidates · k places of a list
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import MANIFEST, Directory, open_directory
-from recsys.errors import BundleError, RequestError
+from recsys.config import Settings
+from recsys.errors import BundleError, RequestError, SetupError
 from recsys.model import model_from
 from serving.catalogue import ITEMS, Catalogue, Find
 from serving.filters import allowed_lines, seen, until
@@ -45,6 +47,20 @@ FEW = 20_000
 """Allowed items up to which they are searched exactly: faster than an index, and nothing is missed."""
 
 
+@dataclass(frozen=True)
+class DepthSettings(Settings):
+    """What a state may cost."""
+
+    section: ClassVar[str] = "depth"
+
+    blocks: float = 0.0
+    """Blocks that a history may go through on average, as measured on validation; needs model.early_exit; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.blocks and not self.blocks >= 1:
+            raise ValueError(f"blocks must be at least 1, or 0 for all, found {self.blocks}")
+
+
 class Recommender:
     """A loaded run or bundle; safe to share between threads."""
 
@@ -52,8 +68,7 @@ class Recommender:
         self.manifest = directory.manifest
         self.catalogue = Catalogue(directory.path / ITEMS)
         self.model = model_from(directory, device).eval().requires_grad_(False)
-        positions = self.model.positions  # rows that padding alone reads make every padded length a multiple of POSITIONS
-        self.model.positions = nn.Parameter(pad(positions, (0, 0, 0, -len(positions) % POSITIONS)), requires_grad=False)
+        self.leave = _leave(self.manifest)
         bundle = self.manifest["kind"] == "bundle"
         vectors_VE = _read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
         self.scan = Scan(vectors_VE)
@@ -92,6 +107,16 @@ class Recommender:
         return str(self.manifest["id"])
 
     @property
+    def reads_times(self) -> bool:
+        """Whether the model reads when events happened."""
+        return self.model.settings.time != "none"
+
+    @property
+    def reads_now(self) -> bool:
+        """Whether the model reads when it is asked."""
+        return self.model.settings.request_time
+
+    @property
     def items(self) -> int:
         """Items that can be recommended: those with training events."""
         return self.model.items
@@ -101,24 +126,28 @@ class Recommender:
         self,
         histories: Batch,
         k: int,
-        now: int | None = None,
+        now: int | Tensor | None = None,
         filter_seen: bool = True,
         deny: Iterable[int] = (),
         allow: Iterable[int] | None = None,
     ) -> Lists:
         """The k best items for each history of item rows; fewer only where fewer are allowed.
 
-        Events after `now` (seconds since 1970) are left out; the model itself reads no time. `deny` and `allow` are item
-        rows. Raises RequestError: k below 1.
+        `now` is when they are asked for, in seconds since 1970, for all or for each: later events are left out, and a model
+        that reads the time of requests needs it. `deny` and `allow` are item rows.
+        Raises RequestError: k below 1, or no `now` where the model reads it.
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
         histories = histories.to(self.scan.vectors_VE.device)
         if now is not None:
+            now = torch.as_tensor(now, device=histories.times.device).expand(len(histories))
             histories = until(histories, now)
+        elif self.reads_now:
+            raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
         allowed_V = allowed_lines(self.items, deny, allow)
         few = allowed_V is not None and int(allowed_V.sum()) <= FEW
-        states_BE, popular_B = self.encode(histories), ~self._known(histories)
+        states_BE, popular_B = self.encode(histories, now), ~self._known(histories)
         n_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
         n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.items)
         rows_BK, scores_BK = n_B.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
@@ -132,19 +161,16 @@ class Recommender:
         return Lists(rows_BK.cpu(), scores_BK.cpu(), popular_B.cpu())
 
     @torch.inference_mode()
-    def encode(self, histories: Batch) -> Tensor:
+    def encode(self, histories: Batch, now: Tensor | None = None) -> Tensor:
         """`model.encode`, such that a history's state does not depend on its batch; shape B × E."""
-        read = histories.last(self.model.settings.length)
-        padded_B = (read.lengths + POSITIONS - 1) // POSITIONS * POSITIONS
+        read = self.model.readable(histories)
+        places_B = read.lengths + (self.model.settings.objective == "masked")
+        padded_B = (places_B + POSITIONS - 1) // POSITIONS * POSITIONS * (read.lengths > 0)
         out_BE = self.scan.vectors_VE.new_zeros(len(read), self.scan.vectors_VE.shape[1])
         for positions in sorted(set(padded_B.tolist()) - {0}):
             for chunk in torch.split((padded_B == positions).nonzero().flatten(), max(1, TOKENS // positions)):
-                part = _take(read, chunk)
-                mask_BT, rows_BT = part.mask(positions), part.padded(positions)
-                times_BT = torch.zeros_like(rows_BT).masked_scatter_(mask_BT, part.times)
-                offsets = torch.arange(len(chunk) + 1, device=rows_BT.device) * positions
-                states_BTE = self.model(Batch(rows_BT.flatten(), offsets, times_BT.flatten()))
-                out_BE[chunk] = states_BTE[torch.arange(len(chunk), device=rows_BT.device), part.lengths - 1]
+                asked = None if now is None else now[chunk]
+                out_BE[chunk] = self.model.encode(_take(read, chunk), asked, positions=positions, leave=self.leave)
         return out_BE
 
     def answer(
@@ -163,20 +189,17 @@ class Recommender:
         """One list with ids and titles, ready for JSON: bundle, source, unknown (words that are no item), items.
 
         `history` holds ids or titles (`find`: one of them alone), `times` the second of each; `deny` and `allow` hold ids.
-        Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; as recommend.
+        `now` is the clock's, where the model reads it and none is given.
+        Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; no times where the model reads
+        them; as recommend.
         """
-        if times is not None and len(times) != len(history):
-            raise RequestError(f"{len(times)} times for {len(history)} events; give one for each, or none")
         if now is not None and times is None:
             raise RequestError("now is given without times; give the time of each event")
+        if now is None and self.reads_now:
+            now = int(time.time())
         unknown: list[int | str] = []
         rows = partial(self.catalogue.rows, unknown=unknown if ignore_unknown else None)
-        events = [
-            (row, time)
-            for row, time in zip(rows(history, find or self.catalogue.by_either), times or [0] * len(history), strict=True)
-            if row is not None
-        ]
-        batch = Batch.of([[row for row, _ in events]], [[time for _, time in events]])
+        batch = self.history(rows(history, find or self.catalogue.by_either), times)
         denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
         lists = self.recommend(batch, k, now, filter_seen, denied, allowed)
@@ -186,6 +209,18 @@ class Recommender:
             if row != PADDING
         ]
         return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
+
+    def history(self, rows: Sequence[int | None], times: Sequence[int] | None) -> Batch:
+        """One history of item rows, without those that are None.
+
+        Raises RequestError: not one time an event, or none where the model reads them.
+        """
+        if times is not None and len(times) != len(rows):
+            raise RequestError(f"{len(times)} times for {len(rows)} events; give one for each, or none")
+        if times is None and rows and self.reads_times:
+            raise RequestError("the model reads when events happened; give times, in seconds since 1970")
+        events = [(row, second) for row, second in zip(rows, times or [0] * len(rows), strict=True) if row is not None]
+        return Batch.of([[row for row, _ in events]], [[second for _, second in events]])
 
     def _known(self, histories: Batch) -> Tensor:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
@@ -230,6 +265,20 @@ def _score(states_BE: Tensor, vectors_VE: Tensor, lines_BC: Tensor) -> Tensor:
 
 def _take(histories: Batch, chosen: Tensor) -> Batch:
     return gather(histories.values, histories.times, histories.offsets[chosen], histories.offsets[chosen + 1])
+
+
+def _leave(manifest: Mapping[str, Any]) -> list[float]:
+    """When histories leave the model early, so that they cost at most depth.blocks on average: the best measured way.
+
+    Raises SetupError: the model was not trained for it.
+    """
+    blocks = DepthSettings(**manifest["recipe"].get(DepthSettings.section, {})).blocks
+    if not blocks:
+        return []
+    curve = [line for line in manifest.get("depth_curve", ()) if line["blocks"] <= blocks]
+    if not curve:
+        raise SetupError("depth.blocks is set, and the model has no measured exits; train it with model.early_exit=true")
+    return list(max(curve, key=lambda line: float(line["blocks"]))["leave"])
 
 
 def _read_vectors(path: Path) -> Tensor:

@@ -37,6 +37,8 @@ class Report:
     bundle: str
     split: str
     repeats: bool
+    request_time: bool
+    """Whether the model was told when each user's first target happened."""
     users: int
     """Users with a history and a target."""
     figures: Mapping[str, Mapping[str, float]]
@@ -54,8 +56,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The model's figures beside what was judged, the others' under `baselines`; ready for JSON."""
         others = {name: dict(values) for name, values in self.figures.items() if name != "model"}
-        about = {"bundle": self.bundle, "split": self.split, "repeats": self.repeats, "users": self.users}
-        counts = {"underfilled": self.lists.underfilled, "popular": int(self.lists.popular.sum())}
+        about = {"bundle": self.bundle, "split": self.split, "repeats": self.repeats, "request_time": self.request_time}
+        counts = {"users": self.users, "underfilled": self.lists.underfilled, "popular": int(self.lists.popular.sum())}
         return {**about, **counts, **self.figures["model"], **({"baselines": others} if others else {})}
 
     def frame(self) -> pl.DataFrame:
@@ -81,7 +83,8 @@ def evaluate(
 
     Without `repeats` items of the history are not recommended. A target that the model has no vector for is missed. With
     `baselines` popularity and item-kNN are judged too, and exact search where the bundle's is not. `depth` is how long
-    lists are (default and least: the largest k). `progress` hears (users done, users in all).
+    lists are (default and least: the largest k). A model that reads the time of requests is asked at the time of each
+    user's first target. `progress` hears (users done, users in all).
     Raises DataError: nobody can be judged. RequestError: no such split, or a k below 1.
     """
     if split not in ("validation", "test"):
@@ -109,7 +112,7 @@ def evaluate(
         own, judged = own or lists, len(torch.unique(owners_P))
     assert own is not None  # the model is always judged
     user_ids = dataset.user_ids.gather(users_U.numpy())
-    return Report(recommender.id, split, repeats, judged, figures, own, user_ids, recommender.catalogue)
+    return Report(recommender.id, split, repeats, recommender.reads_now, judged, figures, own, user_ids, recommender.catalogue)
 
 
 def _judge(
@@ -122,7 +125,11 @@ def _judge(
         users_B = users_U[start : start + USERS]
         history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
         future = gather(sequences.items, sequences.times, ends_U[users_B], targets_U[users_B])
-        lists = lister.recommend(history, depth, filter_seen=not repeats)
+        if isinstance(lister, Recommender) and lister.reads_now:
+            asked_B = future.times[future.offsets[:-1]]
+            lists = lister.recommend(history, depth, asked_B, filter_seen=not repeats)
+        else:
+            lists = lister.recommend(history, depth, filter_seen=not repeats)
         owners_P, targets_P = new_targets(Batch.of([[]] * len(history)) if repeats else history, future)
         hits_PK = lists.rows[owners_P] == targets_P[:, None]
         ranks.append(torch.where(hits_PK.any(1), hits_PK.byte().argmax(1) + 1, MISSED))

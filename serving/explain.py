@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys.batch import Batch
 from recsys.errors import RequestError
 from serving.engine import Recommender
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How much each event attends to each earlier one, T events long."""
+    """How much each event attends to each other, T events long; a masked model's last is the mask."""
 
     titles: list[str]
     weights_LHTT: Tensor
@@ -33,14 +32,19 @@ class Attention:
 
 
 @torch.inference_mode()
-def attention(recommender: Recommender, history: Sequence[str]) -> Attention:
-    """Attention over a history of item ids or titles, cut to the length that the model reads.
+def attention(
+    recommender: Recommender, history: Sequence[str], times: Sequence[int] | None = None, now: int | None = None
+) -> Attention:
+    """Attention over a history of item ids or titles, cut to what the model reads; `now` defaults to the last event.
 
-    Raises RequestError: an unknown item.
+    Raises RequestError: an unknown item, or no times where the model reads them.
     """
-    rows = [recommender.catalogue.resolve(item) for item in history][-recommender.model.settings.length :]
-    weights = recommender.model.attention(Batch.of([rows]))
-    return Attention([recommender.catalogue.title(row) for row in rows], torch.cat(weights))
+    batch = recommender.history([recommender.catalogue.resolve(item) for item in history], times)
+    asked = None if now is None else torch.tensor([now])
+    weights = recommender.model.attention(batch, asked)
+    titles = [recommender.catalogue.title(row) for row in recommender.model.readable(batch).values.tolist()]
+    masks = weights[0].shape[-1] - len(titles)
+    return Attention(titles + ["(next)"] * masks, torch.cat(weights))
 
 
 def draw(found: Attention, path: Path) -> None:

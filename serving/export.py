@@ -17,11 +17,11 @@ from torch import Tensor
 from features.dataset import Dataset
 from recsys import __version__
 from recsys.batch import gather
-from recsys.bundle import MANIFEST, Writer, open_directory, publish
+from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from serving.catalogue import ITEMS
-from serving.engine import VECTORS, Recommender
+from serving.engine import VECTORS, DepthSettings, Recommender
 from serving.index import INDEX, Index, IndexSettings, Scan
 
 QUERIES = 512
@@ -30,7 +30,9 @@ DEPTH = 100
 """Candidates of a query that are compared with exact search."""
 
 
-def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | None = None) -> dict[str, Any]:
+def export(
+    run: Path, out: Path, settings: IndexSettings, dataset: Dataset | None = None, depth: DepthSettings | None = None
+) -> dict[str, Any]:
     """Write the bundle `out`, whole or not at all, and return its manifest.
 
     The index is measured by histories of the data set, or without one by item vectors with noise. The same run and settings
@@ -40,7 +42,12 @@ def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | Non
     model = open_directory(source).manifest
     if model["kind"] != "model":
         raise BundleError(f"{run}: holds a {model['kind']}, not a run; give the directory that `recsys train` wrote")
-    recommender = Recommender.load(source, verify=False)
+    recipe = {
+        **model["recipe"],
+        IndexSettings.section: settings.as_dict(),
+        DepthSettings.section: (depth or DepthSettings()).as_dict(),
+    }
+    recommender = Recommender(Directory(source, {**model, "recipe": recipe}))
     vectors_VE = recommender.scan.vectors_VE.detach().contiguous()
     started = time.perf_counter()
     index = Index.build(vectors_VE, settings)
@@ -52,7 +59,7 @@ def export(run: Path, out: Path, settings: IndexSettings, dataset: Dataset | Non
         "kind": "bundle",
         "version": __version__,
         "run": model["id"],
-        "recipe": {**model["recipe"], IndexSettings.section: settings.as_dict()},
+        "recipe": recipe,
         "index": {"kind": index.kind, **measured, "queries": queries},
         "clock": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

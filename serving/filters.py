@@ -39,8 +39,8 @@ def seen(histories: Batch, rows_BC: Tensor) -> Tensor:
     return torch.isin(owners_B[:, None] << 32 | rows_BC, histories.owners << 32 | histories.values)
 
 
-def until(histories: Batch, now: int) -> Batch:
-    """The histories as they stood at `now`, in seconds since 1970: later events are left out."""
-    keep = histories.times <= now
+def until(histories: Batch, now_B: Tensor) -> Batch:
+    """The histories as they stood at `now_B`, in seconds since 1970: later events are left out."""
+    keep = histories.times <= now_B[histories.owners]
     counts_B = torch.bincount(histories.owners[keep], minlength=len(histories))
     return Batch(histories.values[keep], torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]), histories.times[keep])

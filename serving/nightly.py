@@ -25,11 +25,13 @@ def nightly(
     dataset: Dataset,
     out: Path,
     k: int = 100,
+    now: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Write user_id, item_id, rank (from 1) and score of k items for every user, by all their events.
 
-    Items that a user had are left out of their list. The file appears whole or not at all, names the bundle in its
+    Items that a user had are left out of their list; with `now`, in seconds since 1970, also later events; a model that
+    reads the time of requests is asked then (default: the clock). The file appears whole or not at all, names the bundle in its
     metadata, and has the same bytes whenever it is made. `progress` hears (users done, users in all). Returns bundle, users,
     rows, underfilled, popular, seconds, users_per_second.
     Raises RequestError: k below 1. DataError: the data set has no user.
@@ -39,12 +41,15 @@ def nightly(
     sequences, user_ids = recommender.catalogue.align(dataset), dataset.user_ids
     if not sequences.users:
         raise DataError(f"{dataset.path}: has no user; give a data set with events")
+    if now is None and recommender.reads_now:
+        now = int(time.time())
     counts = {"rows": 0, "underfilled": 0, "popular": 0}
 
     def frames() -> Iterator[pl.DataFrame]:
         for start in range(0, sequences.users, USERS):
             offsets = sequences.offsets[start : start + USERS + 1]
-            lists = recommender.recommend(gather(sequences.items, sequences.times, offsets[:-1], offsets[1:]), k)
+            histories = gather(sequences.items, sequences.times, offsets[:-1], offsets[1:])
+            lists = recommender.recommend(histories, k, now)
             counts["underfilled"] += lists.underfilled
             counts["popular"] += int(lists.popular.sum())
             frame = lists_frame(user_ids[start : start + USERS], lists, recommender.catalogue)

@@ -192,12 +192,14 @@ from recsys.batch import FIRST_ITEM, Batch, Sequences
 from recsys.model import ModelSettings, SequenceModel
 from training import losses, validate
 from training.loop import TrainSettings, fit
+from training.losses import LossSettings
+from training.optimizer import OptimizerSettings
 users, events, items = 5, 7, 11
 rows = torch.arange(users * events) % items + FIRST_ITEM
 ends = torch.full((users,), events)
 sequences = Sequences(rows.int(), torch.arange(users * events), torch.arange(0, users * events + 1, events), ends - 2, ends - 1)
 model = ModelSettings(embedding_size=6, blocks=1, heads=2, hidden_size=10, length=13)
-state = fit(sequences, items, model, TrainSettings(epochs=1, negatives=3))
+state = fit(sequences, items, model, TrainSettings(epochs=1), LossSettings(negatives=3), OptimizerSettings())
 print(state.steps, tuple(state.model.encode(Batch.of([[2, 3], [4]])).shape))
 """
 BLOCKED = [

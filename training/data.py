@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from recsys.batch import Batch, Sequences, gather, group_by_length
+from recsys.batch import UNKNOWN, Batch, Sequences, gather, group_by_length
 
 LENGTH_JITTER = 0.1
 """Relative noise on lengths before grouping, so that an epoch's batches differ; costs about as much padding."""
@@ -16,37 +16,53 @@ LENGTH_JITTER = 0.1
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Histories and, for every event in them, the event that follows; N targets."""
+    """Histories, and the items that states at some of their events are to name; N events, P targets."""
 
     history: Batch
+    asked: Tensor | None
+    """When each state is asked for: the time of the event that follows, int64, shape N; None where nothing follows."""
+    places: Tensor
+    """Events of `history` whose state is judged, int64, shape P."""
     targets: Tensor
-    """Item rows, int64, shape N, aligned with `history.values`."""
+    """Item rows, int64, shape P."""
 
     def to(self, device: torch.device) -> TrainingBatch:
-        return TrainingBatch(self.history.to(device), self.targets.to(device))
+        asked = None if self.asked is None else self.asked.to(device)
+        return TrainingBatch(self.history.to(device), asked, self.places.to(device), self.targets.to(device))
 
 
-WINDOWS = ("last", "all")
+WINDOWS = ("last", "all", "prefixes")
 
 
 class EpochBatches:
-    """One epoch of next-item batches from the training part of each user, in an order drawn from (seed, epoch).
+    """One epoch of batches from the training part of each user, in an order drawn from (seed, epoch).
 
     A window has at most `length` inputs. With windows "last" a user gives the newest one; with "all", consecutive ones
-    from the end backwards, so that every training event but the first is a target once.
+    from the end backwards, so that every training event but the first is a target once; with "prefixes" one for every
+    target, which its last state alone is to name. Targets are the events that follow; for the `masked` objective the
+    inputs themselves, all events of the window, to be hidden by `mask`.
     """
 
     def __init__(
-        self, sequences: Sequences, length: int, batch_tokens: int, seed: int, epoch: int, windows: str = "last"
+        self,
+        sequences: Sequences,
+        length: int,
+        batch_tokens: int,
+        seed: int,
+        epoch: int,
+        windows: str = "last",
+        masked: bool = False,
     ) -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        self.shift, self.prefixes = int(not masked), windows == "prefixes"
         begins, ends, _ = sequences.windows("train")
-        inputs = (ends - begins - 1).clamp(min=0)
-        count = (inputs + length - 1) // length if windows == "all" else inputs.clamp(max=1)
+        inputs = (ends - begins - self.shift).clamp(min=0)
+        step = 1 if self.prefixes else length
+        count = inputs.clamp(max=1) if windows == "last" else (inputs + step - 1) // step
         place = torch.arange(int(count.sum())) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        self.ends = torch.repeat_interleave(ends, count) - place * length
-        self.begins = torch.maximum(torch.repeat_interleave(begins, count), self.ends - length - 1)
-        lengths = self.ends - self.begins - 1
+        self.ends = torch.repeat_interleave(ends, count) - place * step
+        self.begins = torch.maximum(torch.repeat_interleave(begins, count), self.ends - length - self.shift)
+        lengths = self.ends - self.begins - self.shift
         noise = torch.randn(len(lengths), generator=generator) * LENGTH_JITTER
         order = torch.argsort(lengths * noise.exp(), stable=True)
         groups = group_by_length(lengths[order], batch_tokens)
@@ -65,5 +81,24 @@ class EpochBatches:
         for group in self.order[step:]:
             users = self.batches[group]
             begins, ends = self.begins[users], self.ends[users]
-            history = gather(items, times, begins, ends - 1)
-            yield TrainingBatch(history, gather(items, times, begins + 1, ends).values)
+            history = gather(items, times, begins, ends - self.shift)
+            places = history.offsets[1:] - 1 if self.prefixes else torch.arange(len(history.values))
+            if not self.shift:
+                yield TrainingBatch(history, None, places, history.values)
+                continue
+            future = gather(items, times, begins + 1, ends)
+            yield TrainingBatch(history, future.times, places, future.values[places])
+
+
+def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> TrainingBatch:
+    """Hide each event with probability `share`, and the last of a history where none is hidden; they are the targets.
+
+    BERT4Rec's cloze task (Sun et al. 2019), with UNKNOWN as the mask.
+    """
+    history = batch.history
+    hidden_N = torch.rand(len(history.values), generator=generator, device=generator.device) < share
+    hidden_B = torch.bincount(history.owners[hidden_N], minlength=len(history))
+    hidden_N[history.offsets[1:][hidden_B == 0] - 1] = True
+    values = history.values.masked_fill(hidden_N, UNKNOWN)
+    places = hidden_N.nonzero().flatten()
+    return TrainingBatch(replace(history, values=values), None, places, history.values[places])

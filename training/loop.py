@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +19,9 @@ from recsys.bundle import write_file
 from recsys.config import Settings
 from recsys.errors import DataError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
-from training.data import WINDOWS, EpochBatches, TrainingBatch
-from training.losses import LOSSES
-from training.optimizer import adamw, rate_at
+from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
+from training.losses import LOSSES, LossSettings
+from training.optimizer import Optimizer, OptimizerSettings
 from training.validate import validate
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -38,36 +40,25 @@ class TrainSettings(Settings):
     validate_every: int = 1
     """Epochs between validations."""
     windows: str = "last"
-    """last: of a history longer than model.length only the newest window is learnt; all: every window."""
+    """last: of a history longer than model.length only the newest window is learnt; all: every window; prefixes: one for
+    each event, which is its only target."""
+    mask_share: float = 0.2
+    """Share of events hidden at once; read by the masked objective."""
     batch_tokens: int = 12_800
     """Padded events in a batch."""
-    loss: str = "sampled_softmax"
-    """softmax or sampled_softmax."""
-    negatives: int = 512
-    """Negatives drawn a batch, shared by its targets; read by sampled_softmax."""
-    learning_rate: float = 1e-3
-    """Peak rate of AdamW, per step."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises from 0."""
-    weight_decay: float = 0.01
-    """Decay of the blocks' matrices, per unit of rate."""
     precision: str = "auto"
     """Arithmetic of the forward pass: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it."""
     seed: int = 0
     """Decides the initial weights, the order of batches, negatives and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "validate_every", "batch_tokens", "negatives"):
+        for name in ("epochs", "patience", "validate_every", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, found {self.learning_rate}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, found {self.seed}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps and weight_decay must not be negative")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, found {self.loss!r}")
+        if not 0 < self.mask_share < 1:
+            raise ValueError(f"mask_share must be above 0 and below 1, found {self.mask_share}")
         if self.windows not in WINDOWS:
             raise ValueError(f"windows must be one of {', '.join(WINDOWS)}, found {self.windows!r}")
         if self.precision not in PRECISIONS:
@@ -98,7 +89,7 @@ class State:
     """All that decides the rest of a training; saved as a checkpoint and restored from it."""
 
     model: SequenceModel
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     generator: torch.Generator
     epoch: int = 0
     step: int = 0
@@ -167,6 +158,8 @@ def fit(
     items: int,
     model_settings: ModelSettings,
     settings: TrainSettings,
+    loss_settings: LossSettings,
+    optimizer_settings: OptimizerSettings,
     *,
     device: torch.device | None = None,
     checkpoint: Path | None = None,
@@ -182,7 +175,11 @@ def fit(
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
     """
     device = device or torch.device("cpu")
-    state = _begin(items, model_settings, settings, device)
+    keep_memory()
+    model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
+    generator = torch.Generator(device).manual_seed(settings.seed + 1)
+    state = State(model, Optimizer(model, optimizer_settings), generator)
+    counts_V = sequences.training_counts(items).to(device)
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
     saved_at = time.monotonic()
@@ -195,7 +192,13 @@ def fit(
 
     while state.epoch < settings.epochs and state.since_best < settings.patience:
         batches = EpochBatches(
-            sequences, model_settings.length, settings.batch_tokens, settings.seed, state.epoch, settings.windows
+            sequences,
+            model_settings.length,
+            settings.batch_tokens,
+            settings.seed,
+            state.epoch,
+            settings.windows,
+            masked=model_settings.objective == "masked",
         )
         if not len(batches):
             raise DataError(
@@ -207,20 +210,21 @@ def fit(
         def tell(
             validation: dict[str, float] | None, best: bool, batches: EpochBatches = batches, started: float = started
         ) -> None:
-            rate, mean = state.optimizer.param_groups[0]["lr"], state.loss_sum / state.targets
-            seconds = time.monotonic() - started
+            mean, seconds = state.loss_sum / state.targets, time.monotonic() - started
+            rate = state.optimizer.rate
             observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
 
         for batch in batches.starting_at(state.step):
-            _learn(state, batch.to(device), settings)
+            _learn(state, batch.to(device), settings, loss_settings, counts_V)
             tell(None, False)
             save(due=False)
         if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
-            figures = validate(state.model, sequences)
-            better = not figures or figures["ndcg@10"] > state.best
-            if better:
-                state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
-                state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
+            with state.optimizer.averaged():
+                figures = validate(state.model, sequences)
+                better = not figures or figures["ndcg@10"] > state.best
+                if better:
+                    state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
+                    state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
             state.since_best = 0 if better else state.since_best + 1
             state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / state.targets, **figures})
             tell(figures, better)
@@ -230,26 +234,35 @@ def fit(
     return state
 
 
-def _begin(items: int, model_settings: ModelSettings, settings: TrainSettings, device: torch.device) -> State:
-    model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
-    generator = torch.Generator(device).manual_seed(settings.seed + 1)
-    return State(model, adamw(model, settings.learning_rate, settings.weight_decay), generator)
-
-
-def _learn(state: State, batch: TrainingBatch, settings: TrainSettings) -> None:
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate_at(state.steps, state.steps_planned, settings.warmup_steps, settings.learning_rate)
+def _learn(
+    state: State, batch: TrainingBatch, settings: TrainSettings, loss_settings: LossSettings, counts_V: torch.Tensor
+) -> None:
+    model, loss_of = state.model, LOSSES[loss_settings.kind]
+    if model.settings.objective == "masked":
+        batch = mask(batch, settings.mask_share, state.generator)
     with _precision(settings.precision, batch.targets.device):
-        states_BTE = state.model(batch.history, state.generator)
-    states_NE = states_BTE[batch.history.mask(states_BTE.shape[1])].float()
-    loss = LOSSES[settings.loss](state.model, states_NE, batch.targets, settings.negatives, state.generator)
-    if not torch.isfinite(loss):
-        raise RecsysError(
-            f"the loss became {loss.item()} in step {state.steps}; lower train.learning_rate (it is {settings.learning_rate})"
+        if model.settings.early_exit:
+            exits = model.exits(batch.history, state.generator, asked=batch.asked)[1:]
+        else:
+            exits = [model(batch.history, state.generator, asked=batch.asked)]
+    places = batch.history.places(exits[0].shape[1])[batch.places]
+    losses = [
+        loss_of(
+            model,
+            states_BTE.flatten(0, 1).index_select(0, places).float(),
+            batch.targets,
+            loss_settings,
+            counts_V,
+            state.generator,
         )
+        for states_BTE in exits
+    ]
+    loss = torch.stack(losses).mean()
+    if not torch.isfinite(loss):
+        rate = state.optimizer.settings.learning_rate
+        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower optimizer.learning_rate (it is {rate})")
     loss.backward()  # type: ignore[no-untyped-call]
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state.optimizer.step(state.steps, state.steps_planned)
     count = len(batch.targets)
     state.loss_sum, state.targets = state.loss_sum + loss.item() * count, state.targets + count
     state.step, state.steps = state.step + 1, state.steps + 1
@@ -259,6 +272,14 @@ def _precision(precision: str, device: torch.device) -> AbstractContextManager[A
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def keep_memory() -> None:
+    """Let glibc keep what torch frees: the pages of fresh tensors were a quarter of a step of training on the CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def choose_device(name: str) -> torch.device:

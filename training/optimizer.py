@@ -1,19 +1,129 @@
-"""The optimiser and its schedule."""
+"""The optimiser, its schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from recsys.config import Settings
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused; matrices decay, while embeddings, norms and biases do not."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name.startswith("blocks.")]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim > 1 and name.startswith("blocks."))]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
+KINDS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(Settings):
+    """How a gradient becomes a change of the weights."""
+
+    section: ClassVar[str] = "optimizer"
+
+    kind: str = "adamw"
+    """adamw for all weights, or muon for the matrices of blocks with adamw for the rest."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, per step."""
+    embedding_learning_rate: float = 0.0
+    """Peak rate of the item table; 0: learning_rate."""
+    muon_learning_rate: float = 0.02
+    """Peak rate of Muon, per step; read by muon."""
+    warmup_steps: int = 100
+    """Steps over which rates rise from 0."""
+    weight_decay: float = 0.01
+    """Decay of the blocks' matrices, per unit of rate."""
+    ema: float = 0.0
+    """Decay per step of the moving average of the weights, which is validated and published; 0: the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+        for name in ("embedding_learning_rate", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, found {self.ema}")
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), fused, and where asked Muon (Jordan et al. 2024) and an average of the weights.
+
+    The blocks' matrices decay; the item table, bias tables, positions, norms and biases do not.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+        self.settings, self.model = settings, model
+        table, matrices, rest = [], [], []
+        for name, parameter in model.named_parameters():
+            if name.startswith("table."):
+                table.append(parameter)
+            elif name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2:
+                matrices.append(parameter)
+            else:
+                rest.append(parameter)
+        rate, decay = settings.learning_rate, settings.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": rest, "peak": rate, "weight_decay": 0.0},
+            {"params": table, "peak": settings.embedding_learning_rate or rate, "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = []
+        if settings.kind == "muon":
+            muon = {"params": matrices, "peak": settings.muon_learning_rate}
+            self.parts.append(torch.optim.Muon([muon], weight_decay=decay, adjust_lr_fn="original"))
+        else:
+            groups.append({"params": matrices, "peak": rate, "weight_decay": decay})
+        self.parts.insert(0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))
+        self.average = [p.detach().clone() for p in model.parameters()] if settings.ema else []
+
+    @property
+    def rate(self) -> float:
+        """Rate of AdamW in the last step."""
+        return float(self.parts[0].param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def step(self, step: int, steps: int) -> None:
+        """Apply the gradients and drop them; `step` counts from 0 of `steps` in all."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate_at(step, steps, self.settings.warmup_steps, group["peak"])
+            part.step()
+            part.zero_grad()
+        if self.average:  # young averages follow faster, so that the initial weights are soon forgotten
+            decay = min(self.settings.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the average of its weights meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, parameter in zip(self.average, self.model.parameters() if self.average else (), strict=True):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on besides the weights."""
+        return {"parts": [part.state_dict() for part in self.parts], "average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the optimiser whose state this is."""
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        with torch.no_grad():
+            for average, saved in zip(self.average, state["average"], strict=True):
+                average.copy_(saved)
 
 
 def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:

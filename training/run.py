@@ -22,6 +22,9 @@ from recsys.errors import RecsysError
 from recsys.model import WEIGHTS, ModelSettings
 from recsys.tracking import Tracking
 from training.loop import Observation, State, TrainSettings, fit
+from training.losses import LossSettings
+from training.optimizer import OptimizerSettings
+from training.validate import depth_curve
 
 MODEL = "model"
 CHECKPOINT = "checkpoint.pt"
@@ -72,6 +75,8 @@ def train(
             dataset.manifest["warm_items"],
             ModelSettings(**recipe[ModelSettings.section]),
             TrainSettings(**recipe[TrainSettings.section]),
+            LossSettings(**recipe[LossSettings.section]),
+            OptimizerSettings(**recipe[OptimizerSettings.section]),
             device=device,
             checkpoint=out / CHECKPOINT,
             key=f"{key} on {device.type}",
@@ -86,12 +91,13 @@ def train(
 
 
 def run_key(recipe: Recipe, digest: str) -> str:
-    """What decides a run's weights: the model and train sections and the data set's hash."""
-    decisive = {owner.section: recipe[owner.section] for owner in _DECISIVE}
+    """What decides a run's weights: the sections that `fit` takes and the data set's hash."""
+    decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
     return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
 
 
-_DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings)
+DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings, LossSettings, OptimizerSettings)
+"""What `fit` takes, in its order."""
 
 
 def _begun(out: Path, key: str, tracking: Tracking) -> bool:
@@ -128,6 +134,7 @@ def _publish(
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "best_epoch": state.best_epoch,
         "quality": {"validation": {key: best[key] for key in best if "@" in key}},
+        **({"depth_curve": depth_curve(state.model, dataset.sequences)} if state.model.settings.early_exit else {}),
         "clock": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch.nn.functional import pad
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-from recsys.batch import FIRST_ITEM, Sequences, gather, group_by_length
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, pad
+
+from recsys.batch import FIRST_ITEM, Batch, Sequences, gather, group_by_length
 from recsys.metrics import measure, new_targets, target_ranks
 from recsys.model import SequenceModel
 
@@ -13,28 +19,73 @@ TOKENS = 2**14
 """Padded positions encoded at once."""
 
 
+LEAVING = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the histories at a block that leave after it, of which the curve of quality against cost is made."""
+
+Encode = Callable[[Batch, Tensor], Tensor]
+
+
 @torch.inference_mode()
-def validate(model: SequenceModel, sequences: Sequences, split: str = "validation") -> dict[str, float]:
+def validate(
+    model: SequenceModel, sequences: Sequences, split: str = "validation", encode: Encode | None = None
+) -> dict[str, float]:
     """Recall and NDCG at 10 and 50, over the users who have a history and a target that is new to them.
 
     Items of the history are not ranked; a target without training events cannot be found and counts as missed. Empty where
-    there is no such user.
+    there is no such user. `encode` turns histories and request times into states (default: `model.encode`). The request
+    of a user is made when their first target happens; only a model with `request_time` reads it.
     """
-    begins_U, ends_U, target_ends_U = sequences.windows(split)
-    users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
-    users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
     vectors_VE = model.item_vectors()
-    ranks, owners = [], []
-    lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
-    for start, end in group_by_length(lengths_U, TOKENS):
-        users_B = users_U[start:end]
-        history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B]).to(vectors_VE.device)
-        future = gather(sequences.items, sequences.times, ends_U[users_B], target_ends_U[users_B]).to(vectors_VE.device)
-        scores_BV = pad(model.encode(history) @ vectors_VE.T, (0, 1), value=-torch.inf)  # last column: without training events
+    ranks, owners, users = [], [], 0
+    for history, future in _histories(model, sequences, split):
+        states_BE = (encode or model.encode)(history, future.times[future.offsets[:-1]])
+        scores_BV = pad(states_BE @ vectors_VE.T, (0, 1), value=-torch.inf)  # last column: without training events
         owners_P, targets_P = new_targets(history, future)
         scores_BV[history.owners, (history.values - FIRST_ITEM).clamp(max=model.items)] = -torch.inf
         ranks.append(target_ranks(scores_BV, owners_P, (targets_P - FIRST_ITEM).clamp(max=model.items)))
-        owners.append(owners_P + start)
+        owners.append(owners_P + users)
+        users += len(history)
     if not sum(map(len, owners)):
         return {}
-    return measure(torch.cat(ranks), torch.cat(owners), len(users_U))
+    return measure(torch.cat(ranks), torch.cat(owners), users)
+
+
+@torch.inference_mode()
+def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, Any]]:
+    """Quality against cost of leaving early, on validation: `blocks` a history costs on average, `leave` for
+    `model.encode`, and the figures; most blocks first. Empty where there is nobody to judge.
+    """
+    alike = []
+    for history, future in _histories(model, sequences, "validation"):
+        last = torch.arange(len(history), device=history.values.device), history.lengths.clamp(max=model.settings.length) - 1
+        batch, asked = model.asked(history, future.times[future.offsets[:-1]])
+        states = [states_BTE[last] for states_BTE in model.exits(batch, asked=asked)]
+        alike.append(torch.stack([cosine_similarity(a, b) for a, b in itertools.pairwise(states[:-1])], 1))
+    curve = []
+    for share in LEAVING if alike else ():
+        going = torch.cat(alike)
+        leave: list[float] = []
+        blocks, users = 1.0, len(going)
+        for depth in range(going.shape[1]):
+            within = 0 < share < 1 and len(going)
+            leave.append(
+                float(going[:, depth].quantile(1 - share)) if within else 2 - 4 * round(share)
+            )  # a cosine is within ± 1
+            going = going[going[:, depth] < leave[-1]]
+            blocks += len(going) / users
+        figures = validate(model, sequences, encode=partial(model.encode, leave=leave))
+        curve.append({"blocks": blocks, "leave": leave, **figures})
+    return curve
+
+
+def _histories(model: SequenceModel, sequences: Sequences, split: str) -> Iterator[tuple[Batch, Batch]]:
+    """Histories of about the same length with what follows them, of users who have both, on the model's device."""
+    begins_U, ends_U, target_ends_U = sequences.windows(split)
+    users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
+    users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
+    lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
+    device = model.table.weight.device
+    for start, end in group_by_length(lengths_U, TOKENS):
+        users_B = users_U[start:end]
+        history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B]).to(device)
+        yield history, gather(sequences.items, sequences.times, ends_U[users_B], target_ends_U[users_B]).to(device)

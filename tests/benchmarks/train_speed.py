@@ -17,12 +17,13 @@ import torch
 
 from features.dataset import Dataset
 from recsys.config import Recipe, override
-from recsys.model import ModelSettings
-from training.loop import Observation, TrainSettings, choose_device, fit
+from training.loop import Observation, choose_device, fit
+from training.run import DECISIVE
 
 SHAPE = {
     "model": {"embedding_size": 64, "blocks": 2, "heads": 1, "hidden_size": 64, "length": 200},
-    "train": {"loss": "sampled_softmax", "negatives": 512, "batch_tokens": 6400},
+    "train": {"batch_tokens": 6400},
+    "loss": {"kind": "sampled_softmax", "negatives": 512},
 }
 
 
@@ -40,9 +41,9 @@ def main() -> None:
     def observe(seen: Observation) -> None:
         seconds[seen.epoch] = seen.seconds
 
-    settings = recipe.read(TrainSettings)
+    settings = [recipe.read(owner) for owner in DECISIVE]
     device = choose_device(args.device)
-    fit(dataset.sequences, dataset.manifest["warm_items"], recipe.read(ModelSettings), settings, device=device, observe=observe)
+    fit(dataset.sequences, dataset.manifest["warm_items"], *settings, device=device, observe=observe)
     timed = list(seconds.values())[1:] or list(seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     figures = {"epoch_seconds": round(statistics.median(timed), 2), "epochs": [round(value, 2) for value in seconds.values()]}

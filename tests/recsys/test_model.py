@@ -1,11 +1,14 @@
 """Laws of the sequence model: causality, padding, order in the batch, and options that all do something."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
+from recsys.attention import PATTERNS, POSITIONS, TIMES
 from recsys.batch import FIRST_ITEM, UNKNOWN, Batch
+from recsys.blocks import BLOCKS
 from recsys.embedding import TABLES
 from recsys.model import ModelSettings, SequenceModel
 
@@ -17,30 +20,127 @@ def build(settings: ModelSettings = SETTINGS, seed: int = 0) -> SequenceModel:
     model = SequenceModel(settings, ITEMS)
     model.initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        model.table.weight[FIRST_ITEM:] *= 10  # as after training: items differ
+        for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+            matrix *= 10  # as after training: items differ
     return model
 
 
 def random_batch(lengths: list[int], seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    return Batch.of([torch.randint(FIRST_ITEM, FIRST_ITEM + ITEMS, (n,), generator=generator).tolist() for n in lengths])
+    batch = Batch.of([torch.randint(FIRST_ITEM, FIRST_ITEM + ITEMS, (n,), generator=generator).tolist() for n in lengths])
+    gaps = torch.randint(0, 100_000, (len(batch.values),), generator=generator)
+    return dataclasses.replace(
+        batch, times=gaps.cumsum(0) - gaps.cumsum(0)[batch.offsets[:-1].clamp(max=max(0, len(gaps) - 1))][batch.owners]
+    )
 
 
-def test_a_future_event_changes_no_earlier_state():
-    model, batch = build(), random_batch([19])
-    changed = batch.values.clone()
-    changed[13] = FIRST_ITEM + (changed[13] - FIRST_ITEM + 1) % ITEMS
-    before, after = model(batch), model(Batch(changed, batch.offsets, batch.times))
-    assert torch.equal(before[0, :13], after[0, :13])
-    assert not torch.allclose(before[0, 13:], after[0, 13:])
+def asked(batch: Batch) -> torch.Tensor:
+    """The next event's time, an hour after the last one's."""
+    times = batch.times.roll(-1)
+    times[batch.offsets[1:] - 1] = batch.times[batch.offsets[1:] - 1] + 3600
+    return times
 
 
-def test_neighbours_and_padding_change_no_state():
-    model, together = build(), random_batch([3, 19, 1, 7])
+KINDS = [
+    dataclasses.replace(SETTINGS, embedding_size=12, span=5, block=block, attention=kind, positions=positions, time=time)
+    for block, kind, positions, time in itertools.product(BLOCKS, PATTERNS, POSITIONS, TIMES)
+]
+MASKED = [dataclasses.replace(kind, objective="masked", request_time=kind.time != "none") for kind in KINDS]
+
+
+def name(settings: ModelSettings) -> str:
+    return "-".join((settings.block, settings.attention, settings.positions, settings.time))
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+@pytest.mark.parametrize("request_time", [False, True])
+def test_a_future_event_changes_no_earlier_state(settings, request_time):
+    if request_time and settings.time == "none":
+        pytest.skip("there are no durations to read")
+    model, batch = build(dataclasses.replace(settings, request_time=request_time)), random_batch([19])
+    values, times = batch.values.clone(), batch.times.clone()
+    values[13] = FIRST_ITEM + (values[13] - FIRST_ITEM + 1) % ITEMS
+    times[14:] += 1_000_000_007
+    changed = Batch(values, batch.offsets, times)
+    before, after = model(batch, asked=asked(batch)), model(changed, asked=asked(changed))
+    assert torch.allclose(before[0, :13], after[0, :13], atol=1e-6)
+    assert not torch.allclose(before[0, 13], after[0, 13], atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", KINDS + MASKED, ids=name)
+def test_neighbours_padding_and_order_change_no_state(settings):
+    model, together = build(settings), random_batch([3, 19, 1, 7])
     states = model.encode(together)
+    assert torch.allclose(model.encode(together, positions=32), states, atol=1e-5)
     for line in range(len(together)):
-        alone = Batch.of([together.values[together.offsets[line] : together.offsets[line + 1]].tolist()])
+        part = slice(together.offsets[line], together.offsets[line + 1])
+        alone = Batch.of([together.values[part].tolist()], [together.times[part].tolist()])
         assert torch.allclose(model.encode(alone)[0], states[line], atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", MASKED, ids=name)
+def test_a_masked_item_is_not_seen_and_both_sides_are(settings):
+    model, batch = build(dataclasses.replace(settings, attention="full", blocks=1)), random_batch([19])
+    values = batch.values.clone()
+    values[7] = UNKNOWN
+    hidden = model(Batch(values, batch.offsets, batch.times))[0, 7]
+    for place in (2, 16):
+        other = values.clone()
+        other[place] = FIRST_ITEM + (other[place] - FIRST_ITEM + 1) % ITEMS
+        assert not torch.allclose(model(Batch(other, batch.offsets, batch.times))[0, 7], hidden, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_the_time_of_the_request_is_read_only_where_it_is_declared(objective):
+    batch, early, late = random_batch([5, 11]), torch.tensor([10**6, 2 * 10**6]), torch.tensor([10**9, 10**9])
+    for time in ("gaps", "relative", "both"):
+        model = build(dataclasses.replace(SETTINGS, objective=objective, time=time, request_time=True))
+        assert not torch.allclose(model.encode(batch, early), model.encode(batch, late), atol=1e-4)
+        if objective == "causal":
+            model = build(dataclasses.replace(SETTINGS, time=time))
+            assert torch.equal(model.encode(batch, early), model.encode(batch, late))
+            with pytest.raises(ValueError, match="request times"):
+                build(dataclasses.replace(SETTINGS, time=time, request_time=True))(batch)
+
+
+def test_shared_blocks_are_used_in_turn():
+    shared = build(dataclasses.replace(SETTINGS, blocks=4, distinct_blocks=2))
+    assert len(shared.blocks) == 2
+    deep = build(dataclasses.replace(SETTINGS, blocks=4))
+    deep.load_state_dict(
+        shared.state_dict()
+        | {k.replace(".0.", ".2.").replace(".1.", ".3."): v for k, v in shared.state_dict().items() if k.startswith("blocks.")}
+    )
+    batch = random_batch([5, 11])
+    assert torch.equal(shared.encode(batch), deep.encode(batch))
+
+
+def test_exits_are_the_states_after_each_block():
+    model, batch = build(dataclasses.replace(SETTINGS, blocks=3)), random_batch([5, 11])
+    exits = model.exits(batch)
+    assert len(exits) == 4
+    assert torch.equal(exits[-1], model(batch))
+    shallow = SequenceModel(dataclasses.replace(SETTINGS, blocks=1), ITEMS)
+    shallow.load_state_dict({key: model.state_dict()[key] for key in shallow.state_dict()})
+    assert torch.equal(exits[1], shallow(batch))
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_history_leaves_at_the_first_block_that_changes_little(objective):
+    model, batch = build(dataclasses.replace(SETTINGS, blocks=4, objective=objective)), random_batch([5, 11, 0, 3, 2, 19])
+    read, _ = model.asked(batch, None)
+    last = torch.arange(len(batch)), (read.lengths - 1).clamp(min=0)
+    exits = [states[last] for states in model.exits(read)]
+    alike = torch.stack([torch.cosine_similarity(a, b) for a, b in itertools.pairwise(exits[:-1])])
+    leave = (alike.sort(1).values[:, -2] - 1e-4).tolist()
+    depths = []
+    for line, state_E in enumerate(model.encode(batch, leave=leave)):
+        depth = next((depth for depth in range(3) if alike[depth, line] >= leave[depth]), 3)
+        depths.append(depth)
+        wanted = exits[depth + 1][line] if batch.lengths[line] else torch.zeros(12)
+        assert torch.allclose(state_E, wanted, atol=1e-5)
+    assert len(set(depths)) > 2
+    assert torch.equal(model.encode(batch, leave=[2.0] * 3), model.encode(batch))
 
 
 def test_only_the_last_length_events_are_read():
@@ -67,27 +167,38 @@ def test_the_score_of_the_last_state_is_that_of_encode():
 
 
 CHANGES = {
+    "objective": "masked",
     "embedding_size": 6,
+    "block": "ligr",
     "blocks": 1,
+    "distinct_blocks": 1,
     "heads": 2,
     "hidden_size": 19,
+    "attention": "local",
+    "span": 3,
+    "positions": "rotary",
+    "time": "gaps",
+    "request_time": True,
     "length": 2,
     "dropout": 0.5,
     "similarity": "cosine",
     "temperature": 0.5,
 }
+NEEDS = {"attention": {"span": 3}, "span": {"attention": "block_sparse"}, "request_time": {"time": "relative"}}
+ELSEWHERE = {"embedding": "both backends, below", "early_exit": "what is learnt: tests/training/test_loop.py"}
 
 
-@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(ModelSettings) if field.name != "embedding"])
+@pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(ModelSettings) if f.name not in ELSEWHERE])
 def test_every_option_changes_the_scores(option):
     batch = random_batch([5, 11])
 
     def scores(settings: ModelSettings) -> torch.Tensor:
-        model = build(settings)
-        states_BTE = model(batch.last(settings.length), torch.Generator().manual_seed(1))
+        model, read = build(settings), batch.last(settings.length)
+        states_BTE = model(read, torch.Generator().manual_seed(1), asked=asked(read))
         return states_BTE[:, -1] @ model.item_vectors().T
 
-    assert not torch.allclose(scores(SETTINGS), scores(dataclasses.replace(SETTINGS, **{option: CHANGES[option]})))
+    before = dataclasses.replace(SETTINGS, **NEEDS.get(option, {}))
+    assert not torch.allclose(scores(before), scores(dataclasses.replace(before, **{option: CHANGES[option]})))
 
 
 def test_both_table_backends_give_the_same_numbers_and_gradients():
@@ -111,8 +222,33 @@ def test_cosine_scores_are_bounded_by_the_temperature():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("heads", 5), ("blocks", 0), ("dropout", 1.0), ("temperature", 0.0), ("similarity", "l2"), ("embedding", "numpy")],
+    [
+        ("heads", 5),
+        ("blocks", 0),
+        ("span", 0),
+        ("distinct_blocks", 3),
+        ("dropout", 1.0),
+        ("temperature", 0.0),
+        ("similarity", "l2"),
+        ("embedding", "numpy"),
+        ("objective", "prefix"),
+        ("block", "gru"),
+        ("attention", "sparse"),
+        ("positions", "sine"),
+        ("time", "absolute"),
+        ("request_time", True),
+    ],
 )
 def test_a_setting_out_of_range_is_refused(key, value):
     with pytest.raises(ValueError, match=key):
         ModelSettings(**{key: value})
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    for together in (
+        {"objective": "masked", "time": "gaps"},
+        {"objective": "masked", "length": 1},
+        {"positions": "rotary", "embedding_size": 9, "heads": 3},
+    ):
+        with pytest.raises(ValueError, match="|".join(together)):
+            ModelSettings(**together)

@@ -18,10 +18,9 @@ from features.synthetic import SyntheticSettings, write
 from recsys.bundle import open_directory
 from recsys.config import Recipe
 from recsys.errors import RecsysError
-from recsys.model import ModelSettings, model_from
+from recsys.model import model_from
 from recsys.tracking import OFF, Tracking, TrackingSettings
-from training.loop import TrainSettings
-from training.run import train
+from training.run import DECISIVE, train
 from training.validate import validate
 
 SETTINGS = [
@@ -47,7 +46,7 @@ def recipe(embedding="torch", **train_settings):
     model = {"embedding_size": 8, "blocks": 1, "hidden_size": 11, "length": 13, "embedding": embedding}
     chosen = {"epochs": 2, "batch_tokens": 173, **train_settings}
     small = Recipe("small", {"model": model, "train": chosen})
-    return {owner.section: small.read(owner).as_dict() for owner in (ModelSettings, TrainSettings)}
+    return {owner.section: small.read(owner).as_dict() for owner in DECISIVE}
 
 
 def run(dataset, out, tracking=None, **train_settings):
