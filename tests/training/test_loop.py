@@ -36,7 +36,7 @@ def same(one, other) -> bool:
 
 
 LEARNERS = {
-    **{f"loss {kind}": [dataclasses.replace(LOSS, kind=kind), dataclasses.replace(TRAIN, epochs=40)] for kind in LOSSES},
+    **{f"loss {kind}": [dataclasses.replace(LOSS, kind=kind), dataclasses.replace(TRAIN, epochs=60)] for kind in LOSSES},
     **{f"sampling {kind}": [dataclasses.replace(LOSS, sampling=kind)] for kind in SAMPLINGS},
     **{f"optimizer {kind}": [dataclasses.replace(OPTIMIZER, kind=kind)] for kind in KINDS},
     **{f"block {kind}": [dataclasses.replace(MODEL, block=kind)] for kind in BLOCKS},
