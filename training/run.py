@@ -87,11 +87,11 @@ def train(
 
 def run_key(recipe: Recipe, digest: str) -> str:
     """What decides a run's weights: the model and train sections and the data set's hash."""
-    decisive = {owner.section: recipe[owner.section] for owner in _DECISIVE}
+    decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
     return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
 
 
-_DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings)
+DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings)
 
 
 def _begun(out: Path, key: str, tracking: Tracking) -> bool:
