@@ -55,7 +55,7 @@ def demo(out: Annotated[Path, typer.Option(help="Where everything goes; made ane
     from recsys.demo import run
 
     recipe = _recipe("tiny", None)
-    run(out, recipe, recipe.resolved(_owners()))
+    run(out, recipe, _resolved(recipe))
 
 
 @app.command()
@@ -101,7 +101,7 @@ def train(
 
     chosen = _recipe(recipe, settings)
     data = Dataset.open(dataset)
-    resolved = chosen.resolved(_owners()) | data.manifest["settings"]  # how the data was made, it says itself
+    resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
     with training_progress() as observe:
         model = train_run(
             data,
@@ -115,6 +115,46 @@ def train(
     best = model.manifest["quality"]["validation"]
     judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
     typer.echo(f"{out}: epoch {model.manifest['best_epoch']}{judged}")
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    dataset: DatasetPath,
+    out: Annotated[Path, typer.Option(help="Directory of the search; an interrupted search there goes on.")],
+    device: Device = "auto",
+    settings: Overrides = None,
+) -> None:
+    """Search for settings by validation NDCG@10, never by the test; the same command again goes on.
+
+    The recipe's [tune.search] names what is searched: `model.heads = [1, 2]`, `model.dropout = {low = 0.0, high = 0.5}`.
+    Without it: dropout, temperature, learning rate, weight decay and batch_tokens. tune.trials and tune.minutes end it.
+
+    Example: recsys tune ml-1m --dataset datasets/ml-1m --out searches/ml-1m --set tune.trials=40
+    """
+    from features.dataset import Dataset
+    from recsys.terminal import records_table, search_progress
+    from recsys.tracking import Tracking, TrackingSettings
+    from training.loop import choose_device
+    from training.tune import tune as search
+
+    chosen = _recipe(recipe, settings)
+    data = Dataset.open(dataset)
+    tracking = Tracking(chosen.read(TrackingSettings))
+    with search_progress() as observe:
+        trials = search(
+            data,
+            chosen,
+            _resolved(chosen) | data.manifest["settings"],
+            out,
+            device=choose_device(device),
+            tracking=tracking,
+            observe=observe,
+        )
+    records_table([trial.record() for trial in trials[:10]])
+    ends = [trial.state for trial in trials]
+    counted = ", ".join(f"{ends.count(state)} {state}" for state in ("complete", "pruned", "failed"))
+    typer.echo(f"{out / 'best.toml'}: trial {trials[0].number}, validation NDCG@10 {trials[0].value:.4f}; {counted}")
 
 
 @app.command()
@@ -329,6 +369,11 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
     return recipe
 
 
+def _resolved(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """All that a run is made by: every section but [tune], which says what to try beside it."""
+    return {section: values for section, values in recipe.resolved(_owners()).items() if section != "tune"}
+
+
 def _owners() -> list[type[Settings]]:
     from features.schema import DataSettings
     from features.split import SplitSettings
@@ -337,8 +382,10 @@ def _owners() -> list[type[Settings]]:
     from serving.engine import DepthSettings
     from serving.index import IndexSettings
     from training.run import DECISIVE
+    from training.space import TuneSettings
 
-    return [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, IndexSettings, DepthSettings, TrackingSettings]
+    sections = [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, TuneSettings, IndexSettings, DepthSettings]
+    return [*sections, TrackingSettings]
 
 
 def _merge(

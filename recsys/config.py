@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(owner)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                raise RecipeError(f"recipe {self.name}: unknown key {owner.section}.{key}{_nearest(key, known)}")
+                raise RecipeError(f"recipe {self.name}: unknown key {owner.section}.{key}{nearest(key, known)}")
         import pydantic
 
         try:
@@ -68,8 +69,15 @@ class Recipe:
         known = [owner.section for owner in owners]
         for section in self.sections:
             if section not in known:
-                raise RecipeError(f"recipe {self.name}: unknown section [{section}]{_nearest(section, known)}")
+                raise RecipeError(f"recipe {self.name}: unknown section [{section}]{nearest(section, known)}")
         return {owner.section: self.read(owner).as_dict() for owner in owners}
+
+    def toml(self) -> str:
+        """The sections as a TOML file; dates become text, as `read` takes them."""
+        return "\n".join(
+            f"[{_key(section)}]\n" + "".join(f"{_key(key)} = {_toml(value)}\n" for key, value in values.items())
+            for section, values in self.sections.items()
+        )
 
 
 def load_recipe(name_or_path: str, folder: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -113,6 +121,19 @@ def _value(text: str) -> Any:
         return text
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {_toml(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")  # else TOML's strings are JSON's
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The end of a message about an unknown word: the known one that it may mean, else all."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from training.loop import Observation
+    from training.tune import Trial
 
 
 def interactive() -> bool:
@@ -71,6 +72,26 @@ def training_progress() -> Iterator[Callable[[Observation], None]]:
             elif progress:
                 text = f"epoch {seen.epoch} · loss {seen.loss:.4f}"
                 progress.update(task, completed=seen.step, total=seen.steps, description=text)
+
+        yield observe
+
+
+@contextmanager
+def search_progress() -> Iterator[Callable[[Trial, int], None]]:
+    """A bar over the trials of a search on a terminal; a line for every trial that ends everywhere."""
+    with _rich_bar("trials") if interactive() else _nothing() as progress:
+        task = progress.add_task("tune", total=None) if progress else None
+
+        def observe(trial: Trial, of: int) -> None:
+            ended = trial.state != "running"
+            value = "" if trial.value is None else f" {trial.value:.4f}"
+            if ended:
+                tried = ", ".join(f"{name} {text}" for name, text in trial.texts().items())
+                text = f"trial {trial.number}: {trial.state}{value}; {trial.reason or tried}"
+                progress.console.print(text, markup=False) if progress else _print(text)
+            if progress:
+                text = f"trial {trial.number} · epoch {trial.epoch} · NDCG@10{value}"
+                progress.update(task, completed=trial.number + ended, total=of, description=text)
 
         yield observe
 

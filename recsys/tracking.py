@@ -36,8 +36,8 @@ class TrackingSettings(Settings):
 class Tracking:
     """One MLflow run, or nothing where tracking is off."""
 
-    def __init__(self, settings: TrackingSettings, run_id: str = "") -> None:
-        self.settings, self.run_id = settings, run_id
+    def __init__(self, settings: TrackingSettings, run_id: str = "", nested: bool = False) -> None:
+        self.settings, self.run_id, self.nested = settings, run_id, nested
         self.uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
     @classmethod
@@ -67,12 +67,34 @@ class Tracking:
             raise self._gone()
         mlflow = self._mlflow()
         try:
-            active = mlflow.start_run(run_id=self.run_id or None, run_name=name, log_system_metrics=True)
+            active = mlflow.start_run(
+                run_id=self.run_id or None, run_name=name, nested=self.nested, log_system_metrics=not self.nested
+            )
         except mlflow.exceptions.MlflowException:
             raise self._gone() from None
         with active:
             self.run_id = active.info.run_id
             yield self
+
+    def at(self, address: Mapping[str, str] | None) -> Tracking:
+        """The run at an address that was kept; this one where there is none."""
+        return self if address is None else Tracking(replace(self.settings, uri=address["uri"]), address["run_id"])
+
+    def child(self) -> Tracking:
+        """A run of its own under this one, which must be running."""
+        return Tracking(replace(self.settings, uri=self.uri), nested=True)
+
+    def outcome(self, name: str, state: str, reason: str = "") -> None:
+        """How a child ended: as complete, pruned or failed; `name` is for one that ended before its run started."""
+        if not self.on:
+            return
+        if not self.run_id:
+            with self.run(name):
+                pass
+        client = self._mlflow().MlflowClient()
+        for tag, text in {"outcome": state, "reason": reason}.items():
+            client.set_tag(self.run_id, tag, text)
+        client.set_terminated(self.run_id, {"complete": "FINISHED", "pruned": "KILLED"}.get(state, "FAILED"))
 
     def _gone(self) -> SetupError:
         return SetupError(f"MLflow at {self.uri} has no run {self.run_id}; bring its store back, or leave MLflow out")

@@ -94,6 +94,11 @@ def unwritable_picture(world, tmp):
     return ["explain", world / "bundle", "--history", "1", "--picture", tmp / "no" / "such.png"]
 
 
+def unknown_to_the_search(world, tmp):
+    search = "tune.search={model={dropot=[0.1, 0.2]}}"
+    return ["tune", world / "small.toml", "--dataset", world / "dataset", "--out", tmp / "out", "--set", search]
+
+
 def no_such_split(world, tmp):
     return ["evaluate", world / "bundle", "--dataset", world / "dataset", "--split", "future"]
 
@@ -118,6 +123,7 @@ def no_such_split(world, tmp):
         (no_such_split, "future"),
         (another_verbs_section, "[index] alone"),
         (unwritable_picture, "such.png"),
+        (unknown_to_the_search, "did you mean dropout"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
@@ -148,6 +154,16 @@ def test_a_nan_id_is_quarantined_and_counted_without_strict(world, run, tmp_path
     assert run(*words) == 0
     assert "1 rows in quarantine" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["rows"]["quarantined"] == {"null_id": 1}
+
+
+def test_a_search_tells_its_trials_and_where_the_best_recipe_is(world, run, tmp_path, capsys):
+    changes = ("--set", "tune.trials=2", "--set", "tune.search={optimizer={learning_rate=[1e-3, 1e-2]}}")
+    words = ("tune", world / "small.toml", "--dataset", world / "dataset", "--out", tmp_path / "search", *changes)
+    assert run(*words) == 0
+    shown = capsys.readouterr()
+    assert "best.toml: trial " in shown.out
+    assert "2 complete, 0 pruned, 0 failed" in shown.out
+    assert [line.split(":")[0] for line in shown.err.splitlines() if line.startswith("trial ")] == ["trial 0", "trial 1"]
 
 
 def test_a_history_may_be_given_in_one_go_or_item_by_item(world, run, capsys):

@@ -30,6 +30,7 @@ DOORS = {
     "fbgemm_gpu": {"recsys/embedding.py", "training/distributed.py"},
     "mlflow": {"recsys/tracking.py"},
     "faiss": {"serving/index.py"},
+    "optuna": {"training/tune.py"},
     "fastapi": {"serving/app.py"},
     "starlette": {"serving/app.py"},
     "uvicorn": {"serving/app.py"},
@@ -38,7 +39,14 @@ DOORS = {
     "rich": COMMAND,
 }
 """The only files that import a heavy dependency."""
-WITHIN_FUNCTIONS = {"polars": ("features",), "torchrec": (), "mlflow": (), "faiss": ("serving",), "pydantic": ("serving",)}
+WITHIN_FUNCTIONS = {
+    "polars": ("features",),
+    "torchrec": (),
+    "mlflow": (),
+    "optuna": (),
+    "faiss": ("serving",),
+    "pydantic": ("serving",),
+}
 """Dependency → the layers that may load it with the module; everywhere else it loads where it is used."""
 CORE = {"torch"}
 """All that the modules of recsys load, beside the standard library, before a function is called."""
@@ -126,6 +134,8 @@ def test_a_file_imports_only_along_the_arrows_and_through_the_doors(path):
         ("recsys/model.py", "import numpy as np"),
         ("recsys/model.py", "def f():\n    import torchrec"),
         ("training/loop.py", "def f():\n    import mlflow"),
+        ("training/run.py", "def f():\n    import optuna"),
+        ("training/tune.py", "import optuna"),
         ("training/loop.py", "import polars as pl"),
         ("training/loop.py", "if True:\n    try:\n        import polars\n    except ImportError:\n        pass"),
         ("recsys/embedding.py", "import torchrec"),
@@ -204,7 +214,7 @@ print(state.steps, tuple(state.model.encode(Batch.of([[2, 3], [4]])).shape))
 """
 BLOCKED = [
     *("features", "serving", "polars", "faiss", "mlflow", "torchrec", "fbgemm_gpu", "pydantic", "fastapi", "sklearn"),
-    *("scipy", "matplotlib", "safetensors", "typer", "rich", "psutil"),
+    *("scipy", "matplotlib", "safetensors", "typer", "rich", "psutil", "optuna"),
 ]
 
 
@@ -216,7 +226,7 @@ def test_the_model_trains_where_torch_alone_is_installed():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_loads_no_heavy_dependency(arguments):
-    heavy = ["torch", "polars", "mlflow", "faiss", "numpy", "sklearn", "fastapi", "matplotlib"]
+    heavy = ["torch", "polars", "mlflow", "faiss", "numpy", "sklearn", "fastapi", "matplotlib", "optuna"]
     code = f"""
 import sys
 from recsys.__main__ import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -183,3 +184,21 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_a_key_outside_a_section_is_refused_by_name(write):
     assert "'cooks' stands outside a section" in refusal(write("cooks = 3"))
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5),
+        st.recursive(
+            st.integers(-(2**60), 2**60)
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.booleans()
+            | st.text(st.characters(exclude_categories=["Cs"]), max_size=11),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["low", "high", "a b"]), inner),
+            max_leaves=5,
+        ),
+    )
+)
+def test_a_recipe_written_as_toml_is_read_again_as_it_was(values):
+    sections = {"kitchen": values, "cellar.old": {"bottles": 3}}
+    assert tomllib.loads(Recipe("dinner", sections).toml()) == sections

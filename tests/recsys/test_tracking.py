@@ -55,6 +55,25 @@ def test_a_run_holds_its_settings_figures_and_files_and_ends_finished(settings, 
     assert artifacts(run.info.artifact_uri).is_relative_to(folder)
 
 
+def test_children_say_how_they_ended_also_one_that_never_started(settings, client):
+    parent = Tracking(settings)
+    wanted = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+    with parent.run("search"):
+        children = {state: parent.child() for state in wanted}
+        for state, child in children.items():
+            if state != "failed":
+                with child.run(state):
+                    child.metrics({"ndcg@10": 0.25})
+            child.outcome(state, state, "a reason")
+    for state, child in children.items():
+        run = client.get_run(child.run_id)
+        assert (run.info.run_name, run.info.status) == (state, wanted[state])
+        assert (run.data.tags["outcome"], run.data.tags["reason"]) == (state, "a reason")
+        assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert parent.at(None) is parent
+    assert parent.at({"uri": "sqlite:///other.db", "run_id": "7"}).address == {"uri": "sqlite:///other.db", "run_id": "7"}
+
+
 def test_a_run_names_its_data_set_with_the_whole_hash(settings, client):
     digest = "5c" * 32
     tracking = Tracking(settings)
