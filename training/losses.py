@@ -6,7 +6,8 @@ N targets · E width · S candidates shared by all targets · V items of the cat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,44 +17,44 @@ from torch import Tensor
 from recsys.batch import FIRST_ITEM
 from recsys.config import Settings
 from recsys.model import SequenceModel
-from training.negatives import SAMPLINGS
+from training.negatives import SAMPLINGS, Draw
 
-CHUNK_ELEMENTS = 2**21
-"""Logits held at once: 8 MB of float32, which stays near the cache; larger chunks were no faster."""
-BOUNDED = 40.0
-"""Scores within ± this need no maximum taken out before exp: sums and quotients stay normal numbers of float32."""
+CHUNK_ELEMENTS = 2**23
+"""Logits held at once: 32 MB of float32. Of a million items that is 8 targets; with 2 the full softmax takes twice as long."""
+CPU_CHUNK_ROWS = 256
+"""Targets of a chunk on the CPU, so that its logits stay in the cache between passes; 64 and 2,048 were slower."""
 
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
-    """What a state is learnt against."""
+    """What is learnt from each target."""
 
     section: ClassVar[str] = "loss"
 
     kind: str = "sampled_softmax"
-    """softmax, sampled_softmax, gbce or bce."""
+    """softmax (over the whole catalogue), sampled_softmax, gbce or bce."""
     negatives: int = 512
-    """Negatives drawn a batch, shared by its targets; read by all but softmax, for uniform and popularity sampling."""
+    """Negatives drawn a batch, shared by its targets; not read by softmax nor by in_batch sampling."""
     sampling: str = "uniform"
-    """How negatives are drawn: uniform, popularity (in proportion to events) or in_batch (the targets of the batch)."""
+    """How negatives are drawn: uniform, popularity (by training events) or in_batch (the other targets)."""
     logq: bool = True
-    """Whether sampled_softmax raises each negative's score by -log of its chance to be drawn."""
+    """Correct sampled_softmax for how often each negative is drawn."""
     calibration: float = 0.75
-    """Read by gbce, its t: 0 is plain BCE, 1 undoes the overconfidence that comes of drawing few negatives."""
+    """gBCE's t: from 0, plain binary cross-entropy, to 1, scores calibrated as if nothing were sampled."""
 
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
             raise ValueError(f"kind must be one of {', '.join(LOSSES)}, found {self.kind!r}")
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, found {self.sampling!r}")
         if self.negatives < 1:
             raise ValueError(f"negatives must be at least 1, found {self.negatives}")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, found {self.sampling!r}")
         if not 0 <= self.calibration <= 1:
             raise ValueError(f"calibration must be from 0 to 1, found {self.calibration}")
 
 
 Loss = Callable[[SequenceModel, Tensor, Tensor, LossSettings, Tensor, torch.Generator], Tensor]
-"""Model, states (N × E), targets (item rows, N), settings, training events of each item (V), generator."""
+"""Model, placed states N × E, target rows N, settings, training events of each item V, generator → mean loss."""
 
 
 def softmax(
@@ -65,9 +66,9 @@ def softmax(
     generator: torch.Generator,
 ) -> Tensor:
     """Cross-entropy of each target over the whole catalogue."""
-    rows_V = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
-    correction_V = states_NE.new_zeros(model.items)
-    return _loss(model, states_NE, targets_N, model.item_vectors(), rows_V, correction_V, None)
+    everything_S = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
+    positives_NE, items_SE = model.vectors(targets_N), model.item_vectors()
+    return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, states_NE.new_ones(model.items), _cross_entropy)
 
 
 def sampled_softmax(
@@ -80,11 +81,13 @@ def sampled_softmax(
 ) -> Tensor:
     """Cross-entropy of each target against negatives shared over the batch: one matrix product.
 
-    With logQ correction (Bengio & Senécal 2008) the negatives' sum estimates that of the full softmax.
+    With `logq` a negative weighs 1 / probability of being drawn (Bengio & Senécal 2008), so that the negatives' sum is
+    in expectation that of the full softmax.
     """
-    drawn = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
-    correction_S = (-drawn.log_chance if settings.logq else torch.zeros_like(drawn.log_chance)).to(states_NE.dtype)
-    return _loss(model, states_NE, targets_N, model.vectors(drawn.rows), drawn.rows, correction_S, None)
+    draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
+    log_inclusion_S = draw.log_inclusion_S.to(states_NE.dtype)
+    odds_S = torch.exp(-log_inclusion_S) if settings.logq else torch.ones_like(log_inclusion_S)
+    return _sampled(model, states_NE, targets_N, draw, odds_S, _cross_entropy)
 
 
 def gbce(
@@ -95,11 +98,15 @@ def gbce(
     counts_V: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """-β log σ(target) - Σ log(1 - σ(negative)), the binary cross-entropy of gSASRec (Petrov & Macdonald 2023).
+    """Generalised binary cross-entropy, -β log σ(positive) - Σ log(1 - σ(negative)) (gSASRec, Petrov & Macdonald 2023).
 
-    β = α (t (1 - 1/α) + 1/α) with t the calibration and α the share of the other items that are drawn.
+    β = α (t (1 - 1/α) + 1/α), where α is the share of the other items that was drawn and t the calibration.
     """
-    return _binary(model, states_NE, targets_N, settings, settings.calibration, counts_V, generator)
+    draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
+    share = min(1.0, len(draw.rows_S) / max(1, model.items - 1))
+    beta = 1 - settings.calibration * (1 - share)
+    odds_S = states_NE.new_ones(len(draw.rows_S))
+    return _sampled(model, states_NE, targets_N, draw, odds_S, partial(_binary, beta=beta))
 
 
 def bce(
@@ -110,55 +117,64 @@ def bce(
     counts_V: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """-log σ(target) - Σ log(1 - σ(negative)), the loss of SASRec (Kang & McAuley 2018), with shared negatives."""
-    return _binary(model, states_NE, targets_N, settings, 0.0, counts_V, generator)
+    """Binary cross-entropy of the positive and of every negative: gBCE without calibration."""
+    return gbce(model, states_NE, targets_N, replace(settings, calibration=0.0), counts_V, generator)
 
 
 LOSSES: dict[str, Loss] = {"softmax": softmax, "sampled_softmax": sampled_softmax, "gbce": gbce, "bce": bce}
 
+Judge = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Logits N × S, which become weights in place, positive logits N × 1, odds S → summed loss, share N × 1, pull N × 1.
 
-def _binary(
-    model: SequenceModel,
+The gradient by logit (n, s) is weight × odds × share, and by the positive logit the pull.
+"""
+
+
+def _cross_entropy(logits_NS: Tensor, positive_N1: Tensor, odds_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    highest_N1 = torch.maximum(logits_NS.amax(1, keepdim=True), positive_N1)
+    weights_NS = logits_NS.sub_(highest_N1).exp_()
+    own_N1 = (positive_N1 - highest_N1).exp_()
+    normaliser_N1 = torch.mv(weights_NS, odds_S)[:, None] + own_N1
+    loss = (normaliser_N1.log() + highest_N1 - positive_N1).sum()
+    return loss, 1 / normaliser_N1, own_N1 / normaliser_N1 - 1
+
+
+def _binary(logits_NS: Tensor, positive_N1: Tensor, odds_S: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    loss = F.softplus(logits_NS).sum() + beta * F.softplus(-positive_N1).sum()
+    logits_NS.sigmoid_()
+    return loss, torch.ones_like(positive_N1), -beta * torch.sigmoid(-positive_N1)
+
+
+def _sampled(model: SequenceModel, states_NE: Tensor, targets_N: Tensor, draw: Draw, odds_S: Tensor, judge: Judge) -> Tensor:
+    """One look-up of positives and negatives: its gradient is as large as the table, and two would be twice."""
+    vectors_ME = model.vectors(torch.cat([targets_N, draw.rows_S]))
+    positives_NE, candidates_SE = vectors_ME.tensor_split([len(targets_N)])
+    return _mean(states_NE, positives_NE, candidates_SE, targets_N, draw.rows_S, odds_S, judge)
+
+
+def _mean(
     states_NE: Tensor,
-    targets_N: Tensor,
-    settings: LossSettings,
-    calibration: float,
-    counts_V: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
-    drawn = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
-    share = min(1.0, len(drawn.rows) / max(1, model.items - 1))
-    beta = calibration * (share - 1) + 1
-    correction_S = states_NE.new_zeros(len(drawn.rows))
-    return _loss(model, states_NE, targets_N, model.vectors(drawn.rows), drawn.rows, correction_S, beta)
-
-
-def _loss(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
+    positives_NE: Tensor,
     candidates_SE: Tensor,
+    targets_N: Tensor,
     rows_S: Tensor,
-    correction_S: Tensor,
-    beta: float | None,
+    odds_S: Tensor,
+    judge: Judge,
 ) -> Tensor:
-    """Mean cross-entropy of the target among itself and the candidates, or with `beta` the binary one of each.
-
-    `rows_S` are the candidates' item rows, ascending and distinct; a candidate that is the target is left out.
-    `correction_S` is added to the candidates' scores.
-    """
-    column_N = torch.searchsorted(rows_S, targets_N).clamp(max=len(rows_S) - 1)
-    column_N = torch.where(rows_S[column_N] == targets_N, column_N, -1)
-    settings = model.settings
-    bounded = settings.similarity == "cosine" and 1 / settings.temperature <= BOUNDED
-    loss: Tensor = _Contrast.apply(  # type: ignore[no-untyped-call]
-        states_NE, model.vectors(targets_N), candidates_SE, column_N, correction_S, beta, bounded
+    """Mean loss of the positive against the candidates, whose rows ascend; a candidate that is the target is left out."""
+    column_N = torch.searchsorted(rows_S, targets_N).clamp_(max=len(rows_S) - 1)
+    hit_N = rows_S[column_N] == targets_N
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        states_NE, positives_NE, candidates_SE, odds_S, column_N[:, None], hit_N[:, None], judge
     )
     return loss
 
 
-class _Contrast(torch.autograd.Function):
-    """Makes the gradients while a chunk's scores are at hand, so that nothing of size N × S is kept or computed twice."""
+class _Chunked(torch.autograd.Function):
+    """Makes the gradients while a chunk's logits are at hand, so that nothing of size N × S is kept or computed twice.
+
+    Odds and shares multiply vectors, not logits: fewer passes over the one large tensor.
+    """
 
     @staticmethod
     def forward(
@@ -166,33 +182,35 @@ class _Contrast(torch.autograd.Function):
         states_NE: Tensor,
         positives_NE: Tensor,
         candidates_SE: Tensor,
-        column_N: Tensor,
-        correction_S: Tensor,
-        beta: float | None,
-        bounded: bool,
+        odds_S: Tensor,
+        column_N1: Tensor,
+        hit_N1: Tensor,
+        judge: Judge,
     ) -> Tensor:
-        chunk = max(1, CHUNK_ELEMENTS // len(candidates_SE))
+        count = len(states_NE)
+        rows = min(count, max(1, CHUNK_ELEMENTS // len(candidates_SE)))
+        if states_NE.device.type == "cpu":
+            rows = min(rows, CPU_CHUNK_ROWS)
+        buffer = states_NE.new_empty(rows, len(candidates_SE))
+        weighted_SE = candidates_SE * odds_S[:, None]
         states_gradient, positives_gradient = torch.empty_like(states_NE), torch.empty_like(positives_NE)
-        candidates_gradient = torch.zeros_like(candidates_SE)
+        candidates_gradient_ES = candidates_SE.new_zeros(candidates_SE.shape[::-1])
         total: Tensor = states_NE.new_zeros(())
-        for start in range(0, len(states_NE), chunk):
-            part = slice(start, start + chunk)
-            states, positives, columns = states_NE[part], positives_NE[part], column_N[part]
-            scores = torch.addmm(correction_S, states, candidates_SE.T)
-            left_out = torch.nonzero(columns >= 0).flatten()
-            scores[left_out, columns[left_out]] = -torch.inf
+        for start in range(0, count, rows):
+            part = slice(start, start + rows)
+            states, positives, column, hit = states_NE[part], positives_NE[part], column_N1[part], hit_N1[part]
+            logits = torch.mm(states, candidates_SE.T, out=buffer[: len(states)])
+            logits.scatter_(1, column, logits.gather(1, column).masked_fill_(hit, -torch.inf))
             positive = (states * positives).sum(1, keepdim=True)
-            if beta is None:
-                losses, weights, share, pull = _cross_entropy(scores, positive, bounded)
-            else:
-                losses, weights, share, pull = _binary_cross_entropy(scores, positive, beta)
-            states_gradient[part] = (weights @ candidates_SE).mul_(share).addcmul_(pull, positives)
-            candidates_gradient.addmm_(weights.T, states * share)
-            total += losses
+            loss, share, pull = judge(logits, positive, odds_S)
+            total += loss
+            states_gradient[part] = torch.addcmul(pull * positives, share, logits @ weighted_SE)
             positives_gradient[part] = pull * states
-        ctx.save_for_backward(states_gradient, positives_gradient, candidates_gradient)
-        ctx.count = len(states_NE)
-        mean: Tensor = total / ctx.count
+            candidates_gradient_ES.addmm_((share * states).T, logits)
+        candidates_gradient_SE = (candidates_gradient_ES * odds_S).T
+        ctx.save_for_backward(states_gradient, positives_gradient, candidates_gradient_SE)
+        ctx.count = count
+        mean: Tensor = total / count
         return mean
 
     @staticmethod
@@ -200,22 +218,3 @@ class _Contrast(torch.autograd.Function):
         scale = gradients[0] / ctx.count
         states, positives, candidates = ctx.saved_tensors
         return states * scale, positives * scale, candidates * scale, None, None, None, None
-
-
-def _cross_entropy(scores_NS: Tensor, positive_N1: Tensor, bounded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the losses; their derivatives by the scores (made in place) as weights × a share a line; by the positives."""
-    if bounded:
-        highest = positive_N1.new_zeros(())
-        weights = scores_NS.exp_()
-    else:
-        highest = torch.maximum(scores_NS.amax(1, keepdim=True), positive_N1)
-        weights = scores_NS.sub_(highest).exp_()
-    positive_weight = (positive_N1 - highest).exp()
-    share = 1 / (weights.sum(1, keepdim=True) + positive_weight)
-    return (highest - share.log() - positive_N1).sum(), weights, share, positive_weight * share - 1
-
-
-def _binary_cross_entropy(scores_NS: Tensor, positive_N1: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As _cross_entropy, for -β log σ(positive) - Σ log(1 - σ(score))."""
-    losses = F.softplus(scores_NS).sum() + beta * F.softplus(-positive_N1).sum()
-    return losses, scores_NS.sigmoid_(), torch.ones_like(positive_N1), beta * (positive_N1.sigmoid() - 1)

@@ -1,51 +1,68 @@
-"""Every way of drawing negatives: distinct rows, stated chances that hold, and the same draw for the same seed."""
+"""Every sampling against its law: what is drawn, how often, and with what probability it says so."""
 
 import pytest
 import torch
 
 from recsys.batch import FIRST_ITEM
-from training.negatives import SAMPLINGS
+from training.negatives import SAMPLINGS, in_batch, popularity, uniform
 
-COUNTS = torch.tensor([50, 20, 20, 5, 3, 1, 1, 0])
-TARGETS = FIRST_ITEM + torch.tensor([0, 2, 2, 5])
-
-
-def draw(name, seed=0, count=5, targets=TARGETS):
-    return SAMPLINGS[name](COUNTS, targets, count, torch.Generator().manual_seed(seed))
+ITEMS, COUNT = 101, 53
+COUNTS = torch.arange(ITEMS, 0, -1) ** 2
+TARGETS = torch.tensor([7, 3, 7, 90, 3, 41]) + FIRST_ITEM
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_rows_are_distinct_ascending_items_and_repeat_by_seed(name):
-    for seed in range(53):
-        found = draw(name, seed)
-        assert (found.rows.diff() > 0).all()
-        assert ((found.rows >= FIRST_ITEM) & (found.rows < FIRST_ITEM + len(COUNTS))).all()
-        assert found.log_chance.isfinite().all() and (found.log_chance <= 0).all()
-        assert torch.equal(found.rows, draw(name, seed).rows)
-
-
-@pytest.mark.parametrize("name", ["uniform", "popularity"])
-def test_stated_chances_are_how_often_an_item_is_drawn(name):
-    times, stated = torch.zeros(len(COUNTS)), torch.full((len(COUNTS),), -torch.inf)
-    for seed in range(3001):
-        found = draw(name, seed)
-        times[found.rows - FIRST_ITEM] += 1
-        stated[found.rows - FIRST_ITEM] = found.log_chance
-    assert torch.allclose(times / 3001, stated.exp(), atol=0.03)
-    assert (times[-1] == 0) == (name == "popularity")
-
-
-def test_in_batch_negatives_are_the_targets_at_the_chance_of_their_popularity():
-    found = draw("in_batch")
-    assert found.rows.tolist() == [FIRST_ITEM, FIRST_ITEM + 2, FIRST_ITEM + 5]
-    share = torch.tensor([0.5, 0.2, 0.01])
-    assert torch.allclose(found.log_chance.exp(), 1 - (1 - share) ** 4)
+def test_rows_are_distinct_ascending_and_of_the_catalogue_and_one_seed_draws_them_again(name):
+    first, again = (SAMPLINGS[name](COUNTS, TARGETS, COUNT, torch.Generator().manual_seed(3)) for _ in range(2))
+    rows = first.rows_S.tolist()
+    assert rows == sorted(set(rows)) and set(rows) <= set(range(FIRST_ITEM, FIRST_ITEM + ITEMS))
+    assert first.rows_S.dtype == torch.int64 and first.log_inclusion_S.dtype == torch.float32
+    assert torch.equal(first.rows_S, again.rows_S) and torch.equal(first.log_inclusion_S, again.log_inclusion_S)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_a_catalogue_of_millions_is_drawn_from(name):
-    counts = torch.ones(20_000_003, dtype=torch.int64)
-    targets = torch.tensor([FIRST_ITEM, FIRST_ITEM + 20_000_002])
-    found = SAMPLINGS[name](counts, targets, 1009, torch.Generator().manual_seed(0))
-    assert len(found.rows) > (1 if name == "in_batch" else 1000)
-    assert found.log_chance.isfinite().all()
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS.float()])
+def test_a_row_is_included_as_often_as_its_draw_says(name, counts):
+    draws, shares, generator = 1009, counts.double() / counts.sum(), torch.Generator().manual_seed(5)
+    seen, said = torch.zeros(ITEMS, dtype=torch.float64), torch.full((ITEMS,), torch.nan, dtype=torch.float64)
+    for _ in range(draws):
+        targets = torch.multinomial(shares, COUNT, replacement=True, generator=generator) + FIRST_ITEM
+        draw = SAMPLINGS[name](counts, targets, COUNT, generator)
+        seen[draw.rows_S - FIRST_ITEM] += 1
+        said[draw.rows_S - FIRST_ITEM] = draw.log_inclusion_S.double().exp()
+    drawn = ~said.isnan()
+    expected, variance = draws * said[drawn], draws * said[drawn] * (1 - said[drawn])
+    assert drawn.sum() > ITEMS * 0.8
+    assert (seen[drawn] - expected).square().sum() / variance.sum() < 1.5
+    assert ((seen[drawn] - expected).abs() < 5 * variance.sqrt() + 2).all()
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("counts", [torch.zeros(3), torch.tensor([0, 5, 0]), torch.tensor([1, 0, 0])])
+def test_items_without_events_never_give_a_figure_that_is_not_finite(name, counts):
+    draw = SAMPLINGS[name](counts, torch.arange(3) + FIRST_ITEM, 7, torch.Generator().manual_seed(0))
+    assert draw.log_inclusion_S.isfinite().all() and (draw.log_inclusion_S <= 0).all()
+
+
+def test_uniform_draws_the_whole_catalogue_and_knows_a_catalogue_of_one():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat([uniform(COUNTS, TARGETS, COUNT, generator).rows_S for _ in range(97)])
+    assert set(rows.tolist()) == set(range(FIRST_ITEM, FIRST_ITEM + ITEMS))
+    assert uniform(COUNTS[:1], TARGETS, COUNT, generator).log_inclusion_S.tolist() == [0]
+
+
+def test_popularity_never_draws_an_item_without_events():
+    counts = COUNTS * (torch.arange(ITEMS) % 2)
+    rows = popularity(counts, TARGETS, 4099, torch.Generator().manual_seed(0)).rows_S
+    assert ((rows - FIRST_ITEM) % 2 == 1).all()
+
+
+def test_in_batch_takes_the_distinct_targets():
+    assert in_batch(COUNTS, TARGETS, 1, torch.Generator()).rows_S.tolist() == sorted(set(TARGETS.tolist()))
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_catalogue_of_millions_keeps_its_small_probabilities(name):
+    items = 2**22 + 1
+    draw = SAMPLINGS[name](torch.ones(items), torch.tensor([5, items]), 2, torch.Generator().manual_seed(0))
+    assert torch.allclose(draw.log_inclusion_S, torch.tensor(2 / items).log())
