@@ -29,26 +29,45 @@ TIME_BUCKETS = 64
 
 @dataclass(frozen=True)
 class View:
-    """What attention may know of a padded batch besides its states; the events stand on the left."""
+    """What attention may know of a batch besides its states: padded, events on the left, or packed in one line (B = 1)."""
 
     lengths_B: Tensor
     """Events of each history, int64."""
-    positions: int
-    """Padded length T."""
+    at_T: Tensor
+    """Position of each event in its history, int64."""
     times_BT: Tensor
     """Time of each event, seconds, int64."""
     asked_BT: Tensor
     """Time at which each state is asked for: the event's own, or that of the next event or request."""
+    owners_T: Tensor | None = None
+    """Which history each event belongs to, where histories are packed; -1 behind the last."""
+
+    @property
+    def positions(self) -> int:
+        """T: the padded length, or all events of a packed batch."""
+        return len(self.at_T)
 
     def take(self, chosen_B: Tensor) -> View:
-        """The view of some of the histories, by a mask or by lines."""
-        return View(self.lengths_B[chosen_B], self.positions, self.times_BT[chosen_B], self.asked_BT[chosen_B])
+        """The view of some of the padded histories, by a mask or by lines."""
+        return View(self.lengths_B[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
+
+    def block_mask(self, sees: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """FlexAttention's mask of packed histories, in which an event sees those of its own history that `sees` allows."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        owners_T, at_T = self.owners_T, self.at_T
+        assert owners_T is not None
+
+        def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (owners_T[query] == owners_T[key]) & sees(at_T[query], at_T[key])
+
+        make = torch.compile(create_block_mask) if at_T.is_cuda else create_block_mask
+        return make(seen, None, None, len(at_T), len(at_T), device=str(at_T.device))
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
     """Bucket of each duration, int64: floor(2 log2(1 + seconds)), at most TIME_BUCKETS - 1; negative ones count as 0."""
-    buckets: Tensor = (seconds.clamp(min=0) + 1).float().log2_().mul_(2).long()
-    return buckets.clamp_(max=TIME_BUCKETS - 1)
+    return (2 * (seconds.clamp(min=0) + 1).float().log2()).long().clamp(max=TIME_BUCKETS - 1)
 
 
 def _full(queries: Tensor, keys: Tensor, span: int) -> Tensor:
@@ -117,7 +136,9 @@ class Attention(nn.Module):
 
     def forward(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, view: View, pointwise: bool = False) -> Tensor:
         """Mixed values, shape B × H × T × D; weights are a softmax, or `pointwise` SiLU(score) / model.length."""
-        q_BHTD, k_BHTD = self._rotate(q_BHTD), self._rotate(k_BHTD)
+        q_BHTD, k_BHTD = self._rotate(q_BHTD, view), self._rotate(k_BHTD, view)
+        if view.owners_T is not None:
+            return self._packed(q_BHTD, k_BHTD, v_BHTD, view)
         if self._plain and not pointwise and self.causal and self.settings.attention == "full":
             return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
         starts = range(0, view.positions, QUERIES)
@@ -132,7 +153,7 @@ class Attention(nn.Module):
     def weights(self, q_BHTD: Tensor, k_BHTD: Tensor, view: View, pointwise: bool = False) -> Tensor:
         """How a state is mixed, shape B × H × T × T; for reading: negative weights count as 0, and rows sum to 1."""
         everything = torch.arange(view.positions, device=q_BHTD.device)
-        logits = self._logits(self._rotate(q_BHTD), self._rotate(k_BHTD), everything, everything, view)
+        logits = self._logits(self._rotate(q_BHTD, view), self._rotate(k_BHTD, view), everything, everything, view)
         weights = self._weigh(logits, pointwise).clamp(min=0)
         return weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
 
@@ -143,10 +164,8 @@ class Attention(nn.Module):
 
     def _seen(self, queries: Tensor, keys: Tensor, view: View) -> Tensor:
         """Whether a query sees a key: bool of shape Q × K where causality hides padding, else B × 1 × Q × K."""
-        seen = self.pattern.sees(queries[:, None], keys, self.settings.span)
-        if self.causal:
-            return seen & (keys <= queries[:, None])
-        return seen & (keys < view.lengths_B[:, None])[:, None, None]
+        seen = self._sees(queries[:, None], keys)
+        return seen if self.causal else seen & (keys < view.lengths_B[:, None])[:, None, None]
 
     def _mix(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, start: int, view: View, pointwise: bool) -> Tensor:
         """The mixed values of the queries from `start` on, shape B × H × Q × D."""
@@ -178,15 +197,39 @@ class Attention(nn.Module):
             logits += biases(self.time_bias, buckets)
         return logits
 
-    def _rotate(self, x_BHTD: Tensor) -> Tensor:
+    def _rotate(self, x_BHTD: Tensor, view: View) -> Tensor:
         if self.settings.positions != "rotary":
             return x_BHTD
         half = x_BHTD.shape[-1] // 2
         rates = 10_000 ** (-torch.arange(half, device=x_BHTD.device) / half)
-        angles = torch.arange(x_BHTD.shape[2], device=x_BHTD.device)[:, None] * rates
+        angles = view.at_T[:, None] * rates
         cos, sin = angles.cos().to(x_BHTD.dtype), angles.sin().to(x_BHTD.dtype)
         left, right = x_BHTD[..., :half], x_BHTD[..., half:]
         return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+    def _packed(self, q_1HTD: Tensor, k_1HTD: Tensor, v_1HTD: Tensor, view: View) -> Tensor:
+        """The same for packed histories, by FlexAttention: neither scores nor padding stand in memory."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        far, near = self.settings.length - 1, 0 if self.causal else 1 - self.settings.length
+        position_bias, time_bias, at_T = self.position_bias, self.time_bias, view.at_T
+        times_T, asked_T = view.times_BT[0], view.asked_BT[0]
+
+        def score(logit: Tensor, _b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            if position_bias is not None:
+                logit = logit + position_bias[head, (at_T[query] - at_T[key]).clamp(near, far) - near]
+            if time_bias is not None:
+                logit = logit + time_bias[head, time_bucket(asked_T[query] - times_T[key])]
+            return logit
+
+        attend: Any = torch.compile(flex_attention) if q_1HTD.is_cuda else flex_attention
+        mixed: Tensor = attend(q_1HTD, k_1HTD, v_1HTD, score_mod=score, block_mask=view.block_mask(self._sees))
+        return mixed
+
+    def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether a query's position may see a key's, in a history without padding."""
+        seen = self.pattern.sees(queries, keys, self.settings.span)
+        return seen & (keys <= queries) if self.causal else seen
 
 
 def biases(table_HZ: Tensor, buckets: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.values.to(device), self.offsets.to(device), self.times.to(device))
 
+    @property
+    def end_to_end(self) -> Batch:
+        """All histories as one."""
+        return Batch(self.values, self.offsets[[0, -1]], self.times)
+
     def last(self, events: int) -> Batch:
         """Each history cut to its last `events` events."""
         starts = torch.maximum(self.offsets[:-1], self.offsets[1:] - events)

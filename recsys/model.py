@@ -144,18 +144,31 @@ class SequenceModel(nn.Module):
         *,
         asked: Tensor | None = None,
         positions: int | None = None,
+        packed: bool = False,
     ) -> Tensor:
         """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E.
 
         `asked` is when each state is asked for, seconds, shape N: read, and needed, by a causal model of request times.
-        `positions` is the padded length T (default: the longest history).
+        `positions` is the padded length T (default: the longest history); with `packed`, all histories lie end to end in
+        one line (B = 1) of that length (default: as long as they are).
         """
-        *_, x_BTE = self._states(batch, generator, asked, positions)
-        return self._place(x_BTE)
+        return self.exits(batch, generator, asked=asked, positions=positions, packed=packed)[-1]
 
-    def exits(self, batch: Batch, generator: torch.Generator | None = None, *, asked: Tensor | None = None) -> list[Tensor]:
-        """`forward` before the first block and after each: blocks + 1 states, the last one last."""
-        return [self._place(x_BTE) for x_BTE in self._states(batch, generator, asked, None)]
+    def exits(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        *,
+        asked: Tensor | None = None,
+        positions: int | None = None,
+        packed: bool = False,
+    ) -> list[Tensor]:
+        """`forward` before the first block and after each, blocks + 1 states; without `early_exit`, after the last alone."""
+        x_BTE, view = self._embed(batch, generator, asked, positions, packed)
+        states = [x_BTE]
+        for block in self._depth():
+            states.append(block(states[-1], view, generator))
+        return [self._place(x_BTE) for x_BTE in (states if self.settings.early_exit else states[-1:])]
 
     def encode(
         self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
@@ -233,40 +246,34 @@ class SequenceModel(nn.Module):
         asked[ends_B[some_B]] = now[some_B]
         return batch, asked
 
-    def _states(
-        self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None
-    ) -> Iterator[Tensor]:
-        x_BTE, view = self._embed(batch, generator, asked, positions)
-        yield x_BTE
-        for block in self._depth():
-            x_BTE = block(x_BTE, view, generator)
-            yield x_BTE
-
     def _place(self, x_BTE: Tensor) -> Tensor:
         return place_users(self.norm(x_BTE), self.settings.similarity, self.settings.temperature)
 
     def _embed(
-        self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None
+        self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None, packed: bool = False
     ) -> tuple[Tensor, View]:
         if not self.settings.request_time or self.settings.objective == "masked":
-            asked = None
+            asked = batch.times
         elif asked is None:
             raise ValueError("the model reads request times, and none are given")
-        positions = positions or max(1, int(batch.lengths.max()))
-        rows_BT, mask_BT = batch.padded(positions), batch.mask(positions)
+        line = batch.end_to_end if packed else batch
+        rows_BT = line.padded(positions or max(1, int(line.lengths.max())))
+        mask_BT = line.mask(rows_BT.shape[1])
         rows_BT = torch.where(rows_BT < FIRST_ITEM + self.items, rows_BT, UNKNOWN)
+        times_BT, asked_BT = (torch.zeros_like(rows_BT).masked_scatter_(mask_BT, times) for times in (batch.times, asked))
+        at_T, owners_T = torch.arange(rows_BT.shape[1], device=rows_BT.device), None
+        if packed:
+            owners_T = torch.full_like(at_T, -1).masked_scatter_(mask_BT[0], batch.owners)
+            at_T = at_T - pad(batch.offsets[:-1], (1, 0))[owners_T + 1]
         x_BTE = self.table(rows_BT) * self.settings.embedding_size**0.5
         if self.positions is not None:  # serving pads beyond the longest history
-            x_BTE = x_BTE + pad(self.positions, (0, 0, 0, max(0, positions - self.settings.length)))[:positions]
-        times_BT = torch.zeros_like(rows_BT).masked_scatter_(mask_BT, batch.times)
-        asked_BT = times_BT if asked is None else torch.zeros_like(rows_BT).masked_scatter_(mask_BT, asked)
+            x_BTE = x_BTE + embedding(at_T.clamp(max=self.settings.length - 1), self.positions)
         if self.gaps is not None:
             gaps_BT = time_bucket(times_BT.diff(dim=1, prepend=times_BT[:, :1]))
-            gaps_BT[:, 0] = TIME_BUCKETS
-            x_BTE = x_BTE + embedding(gaps_BT, self.gaps)
+            x_BTE = x_BTE + embedding(torch.where(at_T > 0, gaps_BT, TIME_BUCKETS), self.gaps)
         if self.asked_gaps is not None:
             x_BTE = x_BTE + embedding(time_bucket(asked_BT - times_BT), self.asked_gaps)
-        view = View(batch.lengths, positions, times_BT, asked_BT)
+        view = View(batch.lengths, at_T, times_BT, asked_BT, owners_T)
         return dropout(x_BTE, self.settings.dropout, generator), view
 
 

@@ -46,6 +46,8 @@ class TrainSettings(Settings):
     """Share of events hidden at once; read by the masked objective."""
     batch_tokens: int = 12_800
     """Padded events in a batch."""
+    packed: bool = False
+    """Whether histories lie end to end in place of padded (FlexAttention): on a GPU, for the sasrec and ligr blocks."""
     precision: str = "auto"
     """Arithmetic of the forward pass: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it."""
     seed: int = 0
@@ -175,6 +177,8 @@ def fit(
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
     """
     device = device or torch.device("cpu")
+    if settings.packed and (device.type == "cpu" or model_settings.block == "hstu"):
+        raise SetupError("train.packed needs a GPU and a sasrec or ligr block; set it to false")
     keep_memory()
     model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
@@ -240,12 +244,10 @@ def _learn(
     model, loss_of = state.model, LOSSES[loss_settings.kind]
     if model.settings.objective == "masked":
         batch = mask(batch, settings.mask_share, state.generator)
+    line = max(settings.batch_tokens, len(batch.history.values)) if settings.packed else None  # one shape, compiled once
     with _precision(settings.precision, batch.targets.device):
-        if model.settings.early_exit:
-            exits = model.exits(batch.history, state.generator, asked=batch.asked)[1:]
-        else:
-            exits = [model(batch.history, state.generator, asked=batch.asked)]
-    places = batch.history.places(exits[0].shape[1])[batch.places]
+        exits = model.exits(batch.history, state.generator, asked=batch.asked, positions=line, packed=settings.packed)
+    places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
     losses = [
         loss_of(
             model,
@@ -255,7 +257,7 @@ def _learn(
             counts_V,
             state.generator,
         )
-        for states_BTE in exits
+        for states_BTE in exits[-model.settings.blocks :]
     ]
     loss = torch.stack(losses).mean()
     if not torch.isfinite(loss):

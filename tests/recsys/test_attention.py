@@ -19,7 +19,7 @@ RULES = {
 
 def view(lengths: list[int]) -> View:
     times = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) ** 2
-    return View(torch.tensor(lengths), max(lengths), times, times)
+    return View(torch.tensor(lengths), torch.arange(max(lengths)), times, times)
 
 
 def module(settings: ModelSettings) -> Attention:
@@ -116,7 +116,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     layer, seen = module(dataclasses.replace(SETTINGS, positions="rotary")), view([31])
     q, k, _ = random_qkv(seen)
     q, k = q[:, :, :1].expand(-1, -1, 31, -1), k[:, :, :1].expand(-1, -1, 31, -1)
-    scores = layer._rotate(q) @ layer._rotate(k).mT
+    scores = layer._rotate(q, seen) @ layer._rotate(k, seen).mT
     for distance in (0, 1, 13):
         along = scores.diagonal(-distance, 2, 3)
         assert torch.allclose(along, along[..., :1].expand_as(along))

@@ -78,6 +78,19 @@ def test_neighbours_padding_and_order_change_no_state(settings):
         assert torch.allclose(model.encode(alone)[0], states[line], atol=1e-5)
 
 
+PACKED = [kind for kind in KINDS + MASKED if kind.block == "ligr" and kind.time in ("none", "both")]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=name)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_packing_changes_no_state(settings):
+    model, batch = build(settings), random_batch([3, 19, 1, 7])
+    padded = model(batch, asked=asked(batch)).flatten(0, 1)[batch.places(19)]
+    assert torch.allclose(model(batch, asked=asked(batch), packed=True)[0], padded, atol=1e-5)
+    assert torch.allclose(model(batch, asked=asked(batch), packed=True, positions=128)[0, :30], padded, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", MASKED, ids=name)
 def test_a_masked_item_is_not_seen_and_both_sides_are(settings):
     model, batch = build(dataclasses.replace(settings, attention="full", blocks=1)), random_batch([19])
@@ -116,7 +129,7 @@ def test_shared_blocks_are_used_in_turn():
 
 
 def test_exits_are_the_states_after_each_block():
-    model, batch = build(dataclasses.replace(SETTINGS, blocks=3)), random_batch([5, 11])
+    model, batch = build(dataclasses.replace(SETTINGS, blocks=3, early_exit=True)), random_batch([5, 11])
     exits = model.exits(batch)
     assert len(exits) == 4
     assert torch.equal(exits[-1], model(batch))
@@ -127,7 +140,10 @@ def test_exits_are_the_states_after_each_block():
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_a_history_leaves_at_the_first_block_that_changes_little(objective):
-    model, batch = build(dataclasses.replace(SETTINGS, blocks=4, objective=objective)), random_batch([5, 11, 0, 3, 2, 19])
+    model, batch = (
+        build(dataclasses.replace(SETTINGS, blocks=4, objective=objective, early_exit=True)),
+        random_batch([5, 11, 0, 3, 2, 19]),
+    )
     read, _ = model.asked(batch, None)
     last = torch.arange(len(batch)), (read.lengths - 1).clamp(min=0)
     exits = [states[last] for states in model.exits(read)]
