@@ -1,13 +1,15 @@
 """What training costs on this device: samples a second, share of the matrix rate, where the time goes, time to a quality.
 
-usage: python -m tests.benchmarks.train_cost --prepare datasets/ml-1m prepared.pt        (where polars is installed)
-       python -m tests.benchmarks.train_cost prepared.pt [--device cuda] [--recipe ml-1m] [--until .1857] [--set train.packed=true …]
+usage: python -m tests.benchmarks.train_cost --prepare datasets/ml-1m prepared.pt
+       python -m tests.benchmarks.train_cost prepared.pt [--device cuda] [--recipe ml-1m] [--until .1857]
+           [--set train.packed=true …]
 
 The second command needs torch alone (and Python 3.11): a machine that has nothing else can run it. `--until` trains the
-recipe, validation included, until validation NDCG@10 reaches it, and then judges test. Prints one JSON object.
+recipe, validation included, until validation NDCG@10 reaches it. Prints one JSON object.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -70,7 +72,7 @@ def prepare(dataset: Path, out: Path) -> None:
 
 
 def until(sequences: Sequences, items: int, settings: list[Any], device: torch.device, wanted: float) -> dict[str, Any]:
-    """Seconds of the whole training, set-up and validations included, until validation is that good; and the test figures."""
+    """Seconds of the whole training, set-up and validations included, until validation is that good."""
     started, seconds, best = time.perf_counter(), 0.0, 0.0
 
     def observe(seen: Observation) -> None:
@@ -81,10 +83,8 @@ def until(sequences: Sequences, items: int, settings: list[Any], device: torch.d
             if best >= wanted:
                 raise Reached
 
-    try:
+    with contextlib.suppress(Reached):
         fit(sequences, items, *settings, device=device, observe=observe)
-    except Reached:
-        pass
     return {"seconds_to": round(seconds, 1), "validation_ndcg@10": round(best, 4), "reached": best >= wanted}
 
 
