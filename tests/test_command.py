@@ -121,7 +121,7 @@ def no_such_split(world, tmp):
         (no_run, "no manifest.json"),
         (not_a_setting, "section.key=value"),
         (no_such_split, "future"),
-        (another_verbs_section, "[index] alone"),
+        (another_verbs_section, "[index] and [depth] alone"),
         (unwritable_picture, "such.png"),
         (unknown_to_the_search, "did you mean dropout"),
     ],

@@ -280,7 +280,7 @@ def keep_memory() -> None:
     """Let glibc keep what torch frees: the pages of fresh tensors were a quarter of a step of training on the CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-3, 2**26)  # M_MMAP_THRESHOLD, bytes: what is larger goes back at once
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 

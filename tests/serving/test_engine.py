@@ -4,8 +4,9 @@ import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
-from recsys.errors import BundleError, RequestError
-from serving.engine import Recommender
+from recsys.bundle import open_directory, publish
+from recsys.errors import BundleError, RequestError, SetupError
+from serving.engine import DepthSettings, Recommender
 from serving.evaluate import evaluate
 from serving.export import export
 from serving.index import INDEXES, Index, IndexSettings
@@ -87,6 +89,65 @@ def test_the_shape_of_the_model_does_not_matter_to_parity(shape: dict[str, int],
     histories = every_history(dataset)
     alone = torch.cat([recommender.encode(Batch.of([history])) for history in histories])
     assert torch.equal(recommender.encode(Batch.of(histories)), alone)
+
+
+KINDS = [
+    {"block": "ligr", "positions": "relative", "time": "both", "request_time": True},
+    {"block": "ligr", "positions": "rotary", "attention": "local", "span": 7},
+    {"block": "hstu", "positions": "relative", "time": "relative", "request_time": True},
+    {"objective": "masked", "attention": "block_sparse", "span": 8},
+    {"objective": "masked", "positions": "relative", "time": "gaps", "request_time": True},
+    {"blocks": 4, "distinct_blocks": 2, "early_exit": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_kind_of_model_breaks_parity(kind: dict[str, Any], dataset: Dataset, tmp_path: Path) -> None:
+    recommender = Recommender.load(write_run(tmp_path / "run", dataset, **kind))
+    sequences = dataset.sequences
+    histories = gather(sequences.items, sequences.times, sequences.offsets[:-1], sequences.offsets[1:])
+    now = histories.times[histories.offsets[1:] - 1] + 3600 * torch.arange(len(histories))
+    if kind.get("early_exit"):
+        recommender.leave = [0.97, 0.98, 0.99]
+    alone = []
+    for user in range(len(histories)):
+        one = gather(sequences.items, sequences.times, *sequences.offsets[user : user + 2, None])
+        alone.append(recommender.recommend(one, K, int(now[user])))
+    assert same(recommender.recommend(histories, K, now), Lists.joined(alone, K))
+    states = recommender.model.encode(histories, now, leave=recommender.leave)
+    torch.testing.assert_close(recommender.encode(histories, now), states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_path: Path) -> None:
+    recommender = Recommender.load(write_run(tmp_path / "run", dataset, time="both", request_time=True))
+    with pytest.raises(RequestError, match="give times"):
+        recommender.answer([1, 2])
+    with pytest.raises(RequestError, match="give now"):
+        recommender.recommend(Batch.of([[2, 3]]), 3)
+    early, late = (recommender.answer([1, 2], K, times=[10, 500], now=now)["items"] for now in (501, 10**9))
+    assert early != late
+    assert recommender.answer([1, 2], K, times=[10, 500])["items"], "the clock is asked"
+    report = evaluate(recommender, dataset, "validation", ks=(K,), baselines=False)
+    assert report.as_dict()["request_time"] is True
+    sequences = dataset.sequences
+    begins, ends, targets = sequences.windows("validation")
+    user = int(((ends > begins) & (targets > ends)).nonzero()[0])
+    history = gather(sequences.items, sequences.times, begins[user, None], ends[user, None])
+    assert torch.equal(recommender.recommend(history, K, int(sequences.times[ends[user]])).rows[0], report.lists.rows[0])
+
+
+def test_a_bundle_spends_the_blocks_that_were_measured(dataset: Dataset, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", dataset, blocks=3, early_exit=True)
+    with pytest.raises(SetupError, match="early_exit"):
+        export(run, tmp_path / "bundle", IndexSettings(), None, DepthSettings(blocks=2))
+    directory = open_directory(run / "model")
+    curve = [{"blocks": 3.0, "leave": [2.0, 2.0]}, {"blocks": 1.7, "leave": [0.5, 0.7]}, {"blocks": 1.0, "leave": [-2.0, -2.0]}]
+    files = {name: partial(shutil.copyfile, directory.path / name) for name in directory.manifest["files"]}
+    about = {key: value for key, value in directory.manifest.items() if key not in ("files", "hash", "id", "format")}
+    publish(tmp_path / "measured" / "model", files, {**about, "depth_curve": curve})
+    for blocks, leave in ((0.0, []), (1.0, [-2.0, -2.0]), (2.5, [0.5, 0.7]), (3.0, [2.0, 2.0])):
+        export(tmp_path / "measured", tmp_path / "bundle", IndexSettings(), None, DepthSettings(blocks=blocks))
+        assert Recommender.load(tmp_path / "bundle").leave == leave
 
 
 def test_a_state_is_the_models_own_state(recommender: Recommender, dataset: Dataset) -> None:

@@ -33,7 +33,7 @@ def test_until_keeps_the_events_up_to_now_and_every_history(histories: list[list
     batch = Batch.of(
         [[row for row, _ in history] for history in histories], [[time for _, time in history] for history in histories]
     )
-    kept = until(batch, now)
+    kept = until(batch, torch.full((len(batch),), now))
     wanted = Batch.of([[row for row, time in history if time <= now] for history in histories])
     assert kept.values.tolist() == wanted.values.tolist()
     assert kept.offsets.tolist() == wanted.offsets.tolist()
