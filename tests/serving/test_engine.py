@@ -118,6 +118,18 @@ def test_no_kind_of_model_breaks_parity(kind: dict[str, Any], dataset: Dataset, 
     torch.testing.assert_close(recommender.encode(histories, now), states, rtol=1e-4, atol=1e-4)
 
 
+def test_a_history_of_ten_thousand_events_is_answered(dataset: Dataset, tmp_path: Path) -> None:
+    kind = {"length": 10_000, "positions": "relative", "time": "relative", "attention": "local", "span": 64}
+    recommender = Recommender.load(write_run(tmp_path / "run", dataset, **kind))
+    rows = torch.randint(FIRST_ITEM, FIRST_ITEM + recommender.items, (10_007,), generator=torch.Generator().manual_seed(0))
+    histories = Batch(rows, torch.tensor([0, len(rows)]), torch.arange(len(rows)) * 60)
+    read = histories.last(10_000)
+    assert same(recommender.recommend(histories, K, filter_seen=False), recommender.recommend(read, K, filter_seen=False))
+    recent = histories.last(64 + 63)  # two layers of 64 reach no farther back
+    near, far = (recommender.recommend(histories, K, filter_seen=False) for histories in (recent, read))
+    assert torch.equal(near.rows, far.rows)
+
+
 def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_path: Path) -> None:
     recommender = Recommender.load(write_run(tmp_path / "run", dataset, time="both", request_time=True))
     with pytest.raises(RequestError, match="give times"):

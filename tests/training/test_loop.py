@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recsys.attention import PATTERNS, POSITIONS, TIMES
+from recsys.batch import FIRST_ITEM, Sequences
 from recsys.blocks import BLOCKS
 from recsys.errors import DataError, RecsysError
 from recsys.model import ModelSettings
@@ -175,6 +176,24 @@ def test_every_option_of_the_loss_and_the_optimizer_has_its_change():
 def test_every_other_option_changes_the_training(ring, option):
     one, other = OTHERS[option]
     assert not same(learn(ring, *one), learn(ring, *other))
+
+
+@pytest.mark.parametrize(
+    ("block", "attention"), [("ligr", "full"), *((block, "local") for block in BLOCKS), ("sasrec", "block_sparse")]
+)
+def test_a_user_of_ten_thousand_events_is_learnt(block, attention):
+    """Every event is followed by the next of the ring; the 10,000 inputs lie in one window."""
+    events, items = 10_003, FIRST_ITEM + torch.arange(10_003) % RING
+    ends = torch.tensor([events])
+    sequences = Sequences(items.int(), torch.arange(events), torch.tensor([0, events]), ends - 2, ends - 1)
+    model = dataclasses.replace(MODEL, embedding_size=8, length=10_000, attention=attention, span=32, block=block)
+    timed = dataclasses.replace(model, positions="relative", time="relative")
+    for settings in (model, timed) if block == "ligr" else (model,):
+        eager = dataclasses.replace(OPTIMIZER, warmup_steps=0)
+        state = learn(
+            sequences, settings, dataclasses.replace(TRAIN, epochs=2), dataclasses.replace(LOSS, kind="softmax"), eager
+        )
+        assert state.curve[-1]["loss"] < state.curve[0]["loss"]
 
 
 def test_a_set_with_nothing_to_learn_is_refused(ring):
