@@ -94,7 +94,7 @@ def train(
     Example: recsys train ml-1m --dataset datasets/ml-1m --out runs/ml-1m --set train.seed=1
     """
     from features.dataset import Dataset
-    from recsys.terminal import training_progress
+    from recsys.terminal import records_table, training_progress
     from recsys.tracking import Tracking, TrackingSettings
     from training.loop import choose_device
     from training.run import train as train_run
@@ -114,6 +114,9 @@ def train(
         )
     best = model.manifest["quality"]["validation"]
     judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
+    if curve := model.manifest.get("depth_curve"):
+        figures = ("blocks", "recall@10", "ndcg@10")
+        records_table([{name: line[name] for name in figures} for line in curve])
     typer.echo(f"{out}: epoch {model.manifest['best_epoch']}{judged}")
 
 

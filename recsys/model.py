@@ -194,6 +194,8 @@ class SequenceModel(nn.Module):
             out_BE[going_B[left_B]] = self._place(state_BE[left_B])
             going_B, last_B, x_BTE, view = going_B[~left_B], last_B[~left_B], x_BTE[~left_B], view.take(~left_B)
             state_BE = state_BE[~left_B]
+            if not len(going_B):
+                break
         out_BE[going_B] = self._place(state_BE)
         return out_BE * some_B[:, None]
 

@@ -57,8 +57,8 @@ def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, An
     """
     alike = []
     for history, future in _histories(model, sequences, "validation"):
-        last = torch.arange(len(history), device=history.values.device), history.lengths.clamp(max=model.settings.length) - 1
         batch, asked = model.asked(history, future.times[future.offsets[:-1]])
+        last = torch.arange(len(batch), device=batch.values.device), batch.lengths - 1
         states = [states_BTE[last] for states_BTE in model.exits(batch, asked=asked)]
         alike.append(torch.stack([cosine_similarity(a, b) for a, b in itertools.pairwise(states[:-1])], 1))
     curve = []

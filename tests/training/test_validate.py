@@ -1,12 +1,14 @@
 """Exact validation against a slow, plain reading of the protocol."""
 
+import itertools
 import math
 
+import pytest
 import torch
 
 from recsys.batch import FIRST_ITEM, Batch, Sequences
 from recsys.model import ModelSettings, SequenceModel
-from training.validate import validate
+from training.validate import depth_curve, validate
 
 
 def test_validation_is_the_protocol_read_plainly():
@@ -34,3 +36,42 @@ def test_validation_is_the_protocol_read_plainly():
     found = validate(model, sequences)
     assert math.isclose(found["recall@10"], sum(recalls) / len(recalls), abs_tol=1e-9)
     assert math.isclose(found["ndcg@10"], sum(gains) / len(gains), abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_the_curve_of_depth_states_what_each_way_of_leaving_costs_and_gives(ring, objective):
+    settings = ModelSettings(embedding_size=8, blocks=4, length=5, hidden_size=7, early_exit=True, objective=objective)
+    model = SequenceModel(settings, 29).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(10)
+    curve = depth_curve(model, ring)
+    assert curve[0]["blocks"] == 4
+    assert curve[-1]["blocks"] == 1
+    assert all(more["blocks"] > less["blocks"] for more, less in itertools.pairwise(curve))
+    for line in curve:
+        done = count_blocks(model, ring, line["leave"])
+        assert math.isclose(done, line["blocks"], rel_tol=0.02), "histories leave as they were counted to"
+        judged = validate(model, ring, encode=lambda history, now, line=line: model.encode(history, now, leave=line["leave"]))
+        assert judged == {key: value for key, value in line.items() if "@" in key}
+    assert curve[0]["ndcg@10"] == validate(model, ring)["ndcg@10"]
+
+
+def count_blocks(model: SequenceModel, sequences: Sequences, leave: list[float]) -> float:
+    """Mean blocks that validation histories go through, counted where they do."""
+    through, users = 0, 0
+
+    def count(block, inputs, output):
+        nonlocal through
+        through += len(output)
+
+    def encode(history, now):
+        nonlocal users
+        users += len(history)
+        return model.encode(history, now, leave=leave)
+
+    hooks = [block.register_forward_hook(count) for block in model.blocks]
+    validate(model, sequences, encode=encode)
+    for hook in hooks:
+        hook.remove()
+    return through / users
