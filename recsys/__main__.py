@@ -193,6 +193,8 @@ def evaluate(
         typer.echo(json_module.dumps(report.as_dict()))
     else:
         metrics_table(report.rows())
+        if report.request_time:
+            typer.echo("The model was told when each user's first target happened (model.request_time).")
     if recommender.manifest["dataset"]["hash"] != data.manifest["hash"]:
         _warn("this is not the data set that the model learnt from; its training events may be among the targets here")
     if track:

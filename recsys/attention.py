@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ class View:
     """Time at which each state is asked for: the event's own, or that of the next event or request."""
     owners_T: Tensor | None = None
     """Which history each event belongs to, where histories are packed; -1 behind the last."""
+    mask: Any = None
+    """FlexAttention's mask of packed histories, one for all blocks."""
 
     @property
     def positions(self) -> int:
@@ -50,19 +53,6 @@ class View:
     def take(self, chosen_B: Tensor) -> View:
         """The view of some of the padded histories, by a mask or by lines."""
         return View(self.lengths_B[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
-
-    def block_mask(self, sees: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        """FlexAttention's mask of packed histories, in which an event sees those of its own history that `sees` allows."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        owners_T, at_T = self.owners_T, self.at_T
-        assert owners_T is not None
-
-        def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (owners_T[query] == owners_T[key]) & sees(at_T[query], at_T[key])
-
-        make = torch.compile(create_block_mask) if at_T.is_cuda else create_block_mask
-        return make(seen, None, None, len(at_T), len(at_T), device=str(at_T.device))
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
@@ -207,6 +197,16 @@ class Attention(nn.Module):
         left, right = x_BHTD[..., :half], x_BHTD[..., half:]
         return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
+    def block_mask(self, owners_T: Tensor, at_T: Tensor) -> Any:
+        """FlexAttention's mask of packed histories: an event sees those of its own history that the pattern allows."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (owners_T[query] == owners_T[key]) & self._sees(at_T[query], at_T[key])
+
+        make: Any = _compiled(create_block_mask) if at_T.is_cuda else create_block_mask
+        return make(seen, None, None, len(at_T), len(at_T), device=str(at_T.device))
+
     def _packed(self, q_1HTD: Tensor, k_1HTD: Tensor, v_1HTD: Tensor, view: View) -> Tensor:
         """The same for packed histories, by FlexAttention: neither scores nor padding stand in memory."""
         from torch.nn.attention.flex_attention import flex_attention
@@ -222,14 +222,19 @@ class Attention(nn.Module):
                 logit = logit + time_bias[head, time_bucket(asked_T[query] - times_T[key])]
             return logit
 
-        attend: Any = torch.compile(flex_attention) if q_1HTD.is_cuda else flex_attention
-        mixed: Tensor = attend(q_1HTD, k_1HTD, v_1HTD, score_mod=score, block_mask=view.block_mask(self._sees))
+        attend: Any = _compiled(flex_attention) if q_1HTD.is_cuda else flex_attention
+        mixed: Tensor = attend(q_1HTD, k_1HTD, v_1HTD, score_mod=score, block_mask=view.mask)
         return mixed
 
     def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether a query's position may see a key's, in a history without padding."""
         seen = self.pattern.sees(queries, keys, self.settings.span)
         return seen & (keys <= queries) if self.causal else seen
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function)
 
 
 def biases(table_HZ: Tensor, buckets: Tensor) -> Tensor:

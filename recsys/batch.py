@@ -88,17 +88,17 @@ def gather(values: Tensor, times: Tensor, starts: Tensor, ends: Tensor) -> Batch
     return Batch(values[positions].long(), offsets, times[positions])
 
 
-def group_by_length(lengths: Tensor, tokens: int) -> list[tuple[int, int]]:
+def group_by_length(lengths: Tensor, tokens: int, packed: bool = False) -> list[tuple[int, int]]:
     """Cut ascending lengths into consecutive groups [a, b) whose padded size (count × longest) is at most `tokens`.
 
-    A single history longer than that is a group of its own.
+    With `packed` the size is the sum. A single history longer than that is a group of its own.
     """
-    groups, start, longest = [], 0, 0
+    groups, start, longest, total = [], 0, 0, 0
     for position, length in enumerate(lengths.tolist()):
-        longest = max(longest, length)
-        if (position + 1 - start) * longest > tokens and position > start:
+        longest, total = max(longest, length), total + length
+        if (total if packed else (position + 1 - start) * longest) > tokens and position > start:
             groups.append((start, position))
-            start, longest = position, length
+            start, longest, total = position, length, length
     if len(lengths):
         groups.append((start, len(lengths)))
     return groups

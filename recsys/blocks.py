@@ -96,7 +96,8 @@ class LiGRBlock(Block):
 class HSTUBlock(Block):
     """Pointwise attention: SiLU in place of softmax, and an elementwise gate in place of a feed-forward layer.
 
-    Equations 1 to 3 of HSTU (Zhai et al. 2024); scores are divided by `model.length`. It reads no `model.hidden_size`.
+    Equations 1 to 3 of HSTU (Zhai et al. 2024), with scores scaled by the root of the width as in the other blocks and
+    weights divided by `model.length`. It reads no `model.hidden_size`.
     """
 
     def __init__(self, settings: ModelSettings) -> None:

@@ -86,6 +86,8 @@ class ModelSettings(Settings):
             raise ValueError(f"dropout must be from 0 to .99, found {self.dropout}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
+        if self.early_exit and self.blocks < 2:
+            raise ValueError(f"early_exit needs at least 2 blocks, found {self.blocks}")
         if self.request_time and self.time == "none":
             raise ValueError("request_time needs durations to read: set time to gaps, relative or both")
         if self.objective == "masked" and self.time != "none" and not self.request_time:
@@ -275,7 +277,8 @@ class SequenceModel(nn.Module):
             x_BTE = x_BTE + embedding(torch.where(at_T > 0, gaps_BT, TIME_BUCKETS), self.gaps)
         if self.asked_gaps is not None:
             x_BTE = x_BTE + embedding(time_bucket(asked_BT - times_BT), self.asked_gaps)
-        view = View(batch.lengths, at_T, times_BT, asked_BT, owners_T)
+        mask = None if owners_T is None else next(self._depth()).attention.block_mask(owners_T, at_T)
+        view = View(batch.lengths, at_T, times_BT, asked_BT, owners_T, mask)
         return dropout(x_BTE, self.settings.dropout, generator), view
 
 

@@ -150,5 +150,5 @@ def serve(bundle: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
         listener = socket.create_server((host, port), backlog=2048)
     except OSError as error:
         raise SetupError(f"{host}:{port}: cannot listen there ({error.strerror}); give another --host or --port") from None
-    recommender.answer(["?"], 1, ignore_unknown=True)  # reads ids and titles before the first request
+    recommender.answer(["?"], 1, times=[0], ignore_unknown=True)  # reads ids and titles before the first request
     uvicorn.Server(uvicorn.Config(create_app(recommender))).run(sockets=[listener])

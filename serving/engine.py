@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,13 +194,9 @@ class Recommender:
         Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; no times where the model reads
         them; as recommend.
         """
-        if now is not None and times is None:
-            raise RequestError("now is given without times; give the time of each event")
-        if now is None and self.reads_now:
-            now = int(time.time())
         unknown: list[int | str] = []
         rows = partial(self.catalogue.rows, unknown=unknown if ignore_unknown else None)
-        batch = self.history(rows(history, find or self.catalogue.by_either), times)
+        batch, now = self.request(rows(history, find or self.catalogue.by_either), times, now)
         denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
         lists = self.recommend(batch, k, now, filter_seen, denied, allowed)
@@ -210,21 +207,28 @@ class Recommender:
         ]
         return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
 
-    def history(self, rows: Sequence[int | None], times: Sequence[int] | None) -> Batch:
-        """One history of item rows, without those that are None.
+    def request(
+        self, rows: Sequence[int | None], times: Sequence[int] | None = None, now: int | None = None
+    ) -> tuple[Batch, int | None]:
+        """One history of item rows, without those that are None, and when it is asked for: the clock, where that is read.
 
-        Raises RequestError: not one time an event, or none where the model reads them.
+        Raises RequestError: not one time an event, times that descend, none where the model reads them, or `now` without.
         """
         if times is not None and len(times) != len(rows):
             raise RequestError(f"{len(times)} times for {len(rows)} events; give one for each, or none")
+        if now is not None and times is None:
+            raise RequestError("now is given without times; give the time of each event")
         if times is None and rows and self.reads_times:
             raise RequestError("the model reads when events happened; give times, in seconds since 1970")
+        if times is not None and any(later < earlier for earlier, later in pairwise(times)):
+            raise RequestError("times descend; give events oldest first")
         events = [(row, second) for row, second in zip(rows, times or [0] * len(rows), strict=True) if row is not None]
-        return Batch.of([[row for row, _ in events]], [[second for _, second in events]])
+        batch = Batch.of([[row for row, _ in events]], [[second for _, second in events]])
+        return batch, int(time.time()) if now is None and self.reads_now else now
 
     def _known(self, histories: Batch) -> Tensor:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
-        read = histories.last(self.model.settings.length)
+        read = self.model.readable(histories)
         known_N = (read.values >= FIRST_ITEM) & (read.values < FIRST_ITEM + self.items)
         return torch.bincount(read.owners[known_N], minlength=len(read)) > 0
 
@@ -277,7 +281,9 @@ def _leave(manifest: Mapping[str, Any]) -> list[float]:
         return []
     curve = [line for line in manifest.get("depth_curve", ()) if line["blocks"] <= blocks]
     if not curve:
-        raise SetupError("depth.blocks is set, and the model has no measured exits; train it with model.early_exit=true")
+        raise SetupError(
+            "depth.blocks is set, and the model has no measured exits; train with model.early_exit=true and a validation split"
+        )
     return list(max(curve, key=lambda line: float(line["blocks"]))["leave"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recsys.errors import RequestError
 from serving.engine import Recommender
+from serving.filters import until
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Attention:
 def attention(
     recommender: Recommender, history: Sequence[str], times: Sequence[int] | None = None, now: int | None = None
 ) -> Attention:
-    """Attention over a history of item ids or titles, cut to what the model reads; `now` defaults to the last event.
+    """Attention over a history of item ids or titles, cut to what the model reads when it is asked at `now`.
 
-    Raises RequestError: an unknown item, or no times where the model reads them.
+    Raises RequestError: an unknown item, or as Recommender.request.
     """
-    batch = recommender.history([recommender.catalogue.resolve(item) for item in history], times)
+    batch, now = recommender.request([recommender.catalogue.resolve(item) for item in history], times, now)
     asked = None if now is None else torch.tensor([now])
+    batch = batch if asked is None else until(batch, asked)
     weights = recommender.model.attention(batch, asked)
     titles = [recommender.catalogue.title(row) for row in recommender.model.readable(batch).values.tolist()]
     masks = weights[0].shape[-1] - len(titles)

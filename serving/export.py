@@ -96,12 +96,13 @@ def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor,
     """What measures the index, and its name: states of evenly chosen users, or item vectors with noise as long as they."""
     if dataset is not None:
         sequences = recommender.catalogue.align(dataset)
-        begins_U, ends_U, _ = sequences.windows("test")
+        begins_U, ends_U, targets_U = sequences.windows("test")
         users_U = (ends_U > begins_U).nonzero().flatten()
         users_B = users_U[_spread(len(users_U))]
         if len(users_B):
             history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
-            return recommender.encode(history), "histories"
+            next_B = torch.where(targets_U > ends_U, ends_U, ends_U - 1)[users_B]  # asked for at the next event, or the last
+            return recommender.encode(history, sequences.times[next_B]), "histories"
     vectors_VE = recommender.scan.vectors_VE
     chosen_BE = vectors_VE[_spread(len(vectors_VE))]
     noise_BE = torch.randn(chosen_BE.shape, generator=torch.Generator().manual_seed(0))

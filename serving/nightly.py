@@ -30,10 +30,10 @@ def nightly(
 ) -> dict[str, Any]:
     """Write user_id, item_id, rank (from 1) and score of k items for every user, by all their events.
 
-    Items that a user had are left out of their list; with `now`, in seconds since 1970, also later events; a model that
-    reads the time of requests is asked then (default: the clock). The file appears whole or not at all, names the bundle in its
-    metadata, and has the same bytes whenever it is made. `progress` hears (users done, users in all). Returns bundle, users,
-    rows, underfilled, popular, seconds, users_per_second.
+    Items that a user had are left out of their list. `now`, in seconds since 1970, leaves later events out and is when the
+    lists are asked for (default: all events; the clock, where the model reads it). The file appears whole or not at all, names
+    the bundle in its metadata, and has the same bytes whenever it is made for the same `now`. `progress` hears (users done,
+    users in all). Returns bundle, users, rows, underfilled, popular, seconds, users_per_second.
     Raises RequestError: k below 1. DataError: the data set has no user.
     """
     if k < 1:

@@ -52,6 +52,7 @@ class EpochBatches:
         epoch: int,
         windows: str = "last",
         masked: bool = False,
+        packed: bool = False,
     ) -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         self.shift, self.prefixes = int(not masked), windows == "prefixes"
@@ -65,7 +66,7 @@ class EpochBatches:
         lengths = self.ends - self.begins - self.shift
         noise = torch.randn(len(lengths), generator=generator) * LENGTH_JITTER
         order = torch.argsort(lengths * noise.exp(), stable=True)
-        groups = group_by_length(lengths[order], batch_tokens)
+        groups = group_by_length(lengths[order], batch_tokens, packed)
         self.batches = [order[a:b] for a, b in groups]
         self.order = torch.randperm(len(groups), generator=generator).tolist()
 

@@ -17,7 +17,7 @@ import torch
 from recsys.batch import Sequences
 from recsys.bundle import write_file
 from recsys.config import Settings
-from recsys.errors import DataError, RecsysError, SetupError
+from recsys.errors import DataError, RecipeError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
 from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
 from training.losses import LOSSES, LossSettings
@@ -177,9 +177,10 @@ def fit(
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
     """
     device = device or torch.device("cpu")
-    if settings.packed and (device.type == "cpu" or model_settings.block == "hstu"):
-        raise SetupError("train.packed needs a GPU and a sasrec or ligr block; set it to false")
+    _refuse(model_settings, settings, device)
     keep_memory()
+    if settings.packed:
+        torch._dynamo.reset()  # what other settings compiled counts against the recompilations allowed
     model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
     state = State(model, Optimizer(model, optimizer_settings), generator)
@@ -203,6 +204,7 @@ def fit(
             state.epoch,
             settings.windows,
             masked=model_settings.objective == "masked",
+            packed=settings.packed,
         )
         if not len(batches):
             raise DataError(
@@ -238,13 +240,23 @@ def fit(
     return state
 
 
+def _refuse(model: ModelSettings, train: TrainSettings, device: torch.device) -> None:
+    """Raises RecipeError: settings of two sections that do not go together, or not on this device."""
+    if train.packed and (device.type == "cpu" or model.block == "hstu" or model.embedding_size // model.heads < 16):
+        raise RecipeError("train.packed needs a GPU, a sasrec or ligr block, and heads at least 16 wide; set it to false")
+    if train.windows == "prefixes" and model.objective == "masked":
+        raise RecipeError('train.windows "prefixes" has one target at the end, the masked objective has many; take "all"')
+
+
 def _learn(
     state: State, batch: TrainingBatch, settings: TrainSettings, loss_settings: LossSettings, counts_V: torch.Tensor
 ) -> None:
     model, loss_of = state.model, LOSSES[loss_settings.kind]
     if model.settings.objective == "masked":
         batch = mask(batch, settings.mask_share, state.generator)
-    line = max(settings.batch_tokens, len(batch.history.values)) if settings.packed else None  # one shape, compiled once
+    line = None
+    if settings.packed:  # few lengths, each compiled once
+        line = -(-len(batch.history.values) // settings.batch_tokens) * settings.batch_tokens
     with _precision(settings.precision, batch.targets.device):
         exits = model.exits(batch.history, state.generator, asked=batch.asked, positions=line, packed=settings.packed)
     places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
@@ -261,8 +273,8 @@ def _learn(
     ]
     loss = torch.stack(losses).mean()
     if not torch.isfinite(loss):
-        rate = state.optimizer.settings.learning_rate
-        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower optimizer.learning_rate (it is {rate})")
+        rates = {name: value for name, value in state.optimizer.settings.as_dict().items() if name.endswith("learning_rate")}
+        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower optimizer.learning_rate ({rates})")
     loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step(state.steps, state.steps_planned)
     count = len(batch.targets)

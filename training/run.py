@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from features.dataset import Dataset
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, write_file
 from recsys.config import Settings
-from recsys.errors import RecsysError
+from recsys.errors import RecipeError, RecsysError
 from recsys.model import WEIGHTS, ModelSettings
 from recsys.tracking import Tracking
 from training.loop import Observation, State, TrainSettings, fit
@@ -51,6 +51,8 @@ def train(
     """
     digest = dataset.manifest["hash"]
     key = run_key(recipe, digest)
+    if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
+        raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
     if _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file():
         return open_directory(out / MODEL)
     with tracking.run(out.name):

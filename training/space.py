@@ -13,6 +13,8 @@ DEFAULT_SEARCH: dict[str, dict[str, Any]] = {
     "model": {"dropout": {"low": 0.0, "high": 0.8}, "temperature": {"low": 0.03, "high": 1.0, "log": True}},
     "train": {"batch_tokens": [3_200, 6_400, 12_800]},
     "optimizer": {
+        "kind": ["adamw", "muon"],
+        "muon_learning_rate": {"low": 2e-3, "high": 1e-1, "log": True},
         "learning_rate": {"low": 3e-4, "high": 1e-2, "log": True},
         "weight_decay": {"low": 1e-3, "high": 0.3, "log": True},
     },

@@ -110,6 +110,7 @@ def tune(
                 observe(_try(job, trial), settings.trials)
                 _tidy(out / TRIALS, _ranked(study))
             trials = _ranked(study)
+            _tidy(out / TRIALS, trials)
             if trials[0].state != "complete":
                 raise RecsysError(f"{out}: no trial was completed; trial {trials[0].number}: {trials[0].reason}")
             write_file(out / BEST, with_values(recipe, trials[0].values).toml().encode())

@@ -19,6 +19,10 @@ TOKENS = 2**14
 """Padded positions encoded at once."""
 
 
+SCORES = 2**25
+"""Scores held at once: 128 MB."""
+NEVER, ALWAYS = 2.0, -2.0
+"""Cosines that none and every one reaches."""
 LEAVING = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the histories at a block that leave after it, of which the curve of quality against cost is made."""
 
@@ -61,18 +65,18 @@ def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, An
         last = torch.arange(len(batch), device=batch.values.device), batch.lengths - 1
         states = [states_BTE[last] for states_BTE in model.exits(batch, asked=asked)]
         alike.append(torch.stack([cosine_similarity(a, b) for a, b in itertools.pairwise(states[:-1])], 1))
-    curve = []
-    for share in LEAVING if alike else ():
-        going = torch.cat(alike)
+    if not alike:
+        return []
+    curve, alike_UL = [], torch.cat(alike)
+    for share in LEAVING:
         leave: list[float] = []
-        blocks, users = 1.0, len(going)
-        for depth in range(going.shape[1]):
-            within = 0 < share < 1 and len(going)
-            leave.append(
-                float(going[:, depth].quantile(1 - share)) if within else 2 - 4 * round(share)
-            )  # a cosine is within ± 1
+        going, blocks = alike_UL, 1.0
+        for depth in range(alike_UL.shape[1]):
+            descending = going[:, depth].sort(descending=True).values
+            leavers = round(share * len(going))
+            leave.append(ALWAYS if leavers == len(going) else float(descending[leavers - 1]) if leavers else NEVER)
             going = going[going[:, depth] < leave[-1]]
-            blocks += len(going) / users
+            blocks += len(going) / len(alike_UL)
         figures = validate(model, sequences, encode=partial(model.encode, leave=leave))
         curve.append({"blocks": blocks, "leave": leave, **figures})
     return curve
@@ -84,6 +88,7 @@ def _histories(model: SequenceModel, sequences: Sequences, split: str) -> Iterat
     users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
     users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
     lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
+    lengths_U = lengths_U.clamp(min=TOKENS * model.items // SCORES)  # so that users × items stays within SCORES
     device = model.table.weight.device
     for start, end in group_by_length(lengths_U, TOKENS):
         users_B = users_U[start:end]

@@ -57,13 +57,19 @@ def test_hstu_is_its_equations():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_attention_weights_are_shares_of_the_past(name):
+def test_attention_weights_are_those_that_mix_the_values(name):
     made, x = block(name)
-    weights_BHTT = made.attention_weights(x, VIEW)
-    assert (weights_BHTT >= 0).all()
+    caught = []
+    made.attention.register_forward_hook(lambda module, inputs, output: caught.append((inputs, output)))
+    made(x, VIEW)
+    (inputs, mixed_BHTD), weights_BHTT = caught[0], made.attention_weights(x, VIEW)
     assert torch.equal(weights_BHTT.triu(1), torch.zeros_like(weights_BHTT))
-    sums = weights_BHTT.sum(-1)
-    assert torch.allclose(sums[sums > 0], torch.ones(()).double())
+    if name == "hstu":  # weights for reading are its positive ones, as shares
+        q_BHTD, k_BHTD, *_ = inputs
+        raw = F.silu(q_BHTD @ k_BHTD.mT / 2).clamp(min=0).tril()
+        assert torch.allclose(weights_BHTT, raw / raw.sum(-1, keepdim=True).clamp(min=1e-12))
+    else:
+        assert torch.allclose(weights_BHTT @ inputs[2], mixed_BHTD)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -264,6 +264,7 @@ def test_settings_that_do_not_go_together_are_refused():
     for together in (
         {"objective": "masked", "time": "gaps"},
         {"objective": "masked", "length": 1},
+        {"early_exit": True, "blocks": 1},
         {"positions": "rotary", "embedding_size": 9, "heads": 3},
     ):
         with pytest.raises(ValueError, match="|".join(together)):

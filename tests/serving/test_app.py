@@ -12,9 +12,13 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from features.dataset import Dataset
 from recsys.errors import SetupError
 from serving.app import BODY, create_app, serve
 from serving.engine import Recommender
+from serving.export import export
+from serving.index import IndexSettings
+from tests.serving.conftest import write_run
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +99,18 @@ def test_health_readiness_and_documents_answer(client: TestClient, recommender: 
         assert client.post("/v1/recommend", json={**example, "ignore_unknown": True}).status_code == 200
 
 
-def test_a_real_server_answers_what_the_recommender_does(bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_real_server_answers_what_the_recommender_does(
+    timed: bool, bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
+) -> None:
+    bundle, question = bundles["ivf"], {"times": [10, 500, 700], "now": 900} if timed else {}
+    if timed:
+        bundle = tmp_path / "bundle"
+        export(write_run(tmp_path / "run", dataset, time="both", request_time=True), bundle, IndexSettings(), dataset)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = f"from pathlib import Path; from serving.app import serve; serve(Path({str(bundles['ivf'])!r}), port={port})"
+    start = f"from pathlib import Path; from serving.app import serve; serve(Path({str(bundle)!r}), port={port})"
     root = Path(__file__).parents[2]
     server = subprocess.Popen([sys.executable, "-c", start], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -111,8 +122,8 @@ def test_a_real_server_answers_what_the_recommender_does(bundles: dict[str, Path
                 except httpx2.TransportError:
                     assert server.poll() is None, server.stdout and server.stdout.read().decode()
                     time.sleep(0.1)
-            answer = client.post("/v1/recommend", json={"history": [5, 7, 11], "k": 13}).json()
-        assert answer == Recommender.load(bundles["ivf"]).answer([5, 7, 11], 13)
+            answer = client.post("/v1/recommend", json={"history": [5, 7, 11], "k": 13, **question}).json()
+        assert answer == Recommender.load(bundle).answer([5, 7, 11], 13, **question)
     finally:
         server.terminate()
         output = server.communicate(timeout=30)[0].decode()

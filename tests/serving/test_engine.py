@@ -20,6 +20,7 @@ from recsys.bundle import open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
 from serving.engine import DepthSettings, Recommender
 from serving.evaluate import evaluate
+from serving.explain import attention
 from serving.export import export
 from serving.index import INDEXES, Index, IndexSettings
 from serving.lists import Lists
@@ -136,6 +137,8 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
         recommender.answer([1, 2])
     with pytest.raises(RequestError, match="give now"):
         recommender.recommend(Batch.of([[2, 3]]), 3)
+    with pytest.raises(RequestError, match="descend"):
+        recommender.answer([1, 2], times=[500, 10])
     early, late = (recommender.answer([1, 2], K, times=[10, 500], now=now)["items"] for now in (501, 10**9))
     assert early != late
     assert recommender.answer([1, 2], K, times=[10, 500])["items"], "the clock is asked"
@@ -146,6 +149,22 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
     user = int(((ends > begins) & (targets > ends)).nonzero()[0])
     history = gather(sequences.items, sequences.times, begins[user, None], ends[user, None])
     assert torch.equal(recommender.recommend(history, K, int(sequences.times[ends[user]])).rows[0], report.lists.rows[0])
+
+
+def test_what_is_explained_is_what_is_recommended_at_that_time(dataset: Dataset, tmp_path: Path) -> None:
+    recommender = Recommender.load(write_run(tmp_path / "run", dataset, time="both", request_time=True))
+    early, late = (attention(recommender, ["1", "2", "5"], [10, 500, 900], now) for now in (600, 10**6))
+    assert [len(found.titles) for found in (early, late)] == [2, 3]
+    assert torch.allclose(late.weights_LHTT.sum(-1), torch.ones(()))
+    with pytest.raises(RequestError, match="give times"):
+        attention(recommender, ["1", "2"])
+    masked = Recommender.load(write_run(tmp_path / "masked", dataset, objective="masked"))
+    assert attention(masked, ["1", "2", "5"]).titles[-1] == "(next)"
+
+
+def test_a_masked_history_of_unknown_items_gets_the_popular_ones(dataset: Dataset, tmp_path: Path) -> None:
+    masked = Recommender.load(write_run(tmp_path / "run", dataset, objective="masked", length=4))
+    assert masked.recommend(Batch.of([[5, 9999, 9999, 9999], [5, 7, 9999, 9999]]), 3).popular.tolist() == [True, False]
 
 
 def test_a_bundle_spends_the_blocks_that_were_measured(dataset: Dataset, tmp_path: Path) -> None:

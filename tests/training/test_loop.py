@@ -8,7 +8,7 @@ import torch
 from recsys.attention import PATTERNS, POSITIONS, TIMES
 from recsys.batch import FIRST_ITEM, Sequences
 from recsys.blocks import BLOCKS
-from recsys.errors import DataError, RecsysError
+from recsys.errors import DataError, RecipeError, RecsysError
 from recsys.model import ModelSettings
 from tests.training.conftest import RING
 from training.data import WINDOWS
@@ -71,9 +71,21 @@ class Cut(Exception):
     pass
 
 
+RESUMED = {
+    "plain": [],
+    "all": [
+        dataclasses.replace(MODEL, blocks=2, objective="masked", early_exit=True, positions="relative"),
+        dataclasses.replace(OPTIMIZER, kind="muon", ema=0.9),
+        dataclasses.replace(LOSS, sampling="popularity"),
+    ],
+}
+
+
 @pytest.mark.parametrize("after", [1, 7, 8, 20])
-def test_a_training_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one(ring, tmp_path, after):
-    undisturbed, seen = learn(ring), 0
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_training_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one(ring, tmp_path, kind, after):
+    changed = RESUMED[kind]
+    undisturbed, seen = learn(ring, *changed), 0
 
     def cut(observation: Observation) -> None:
         nonlocal seen
@@ -82,8 +94,8 @@ def test_a_training_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one
             raise Cut
 
     with pytest.raises(Cut):
-        learn(ring, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0, observe=cut)
-    resumed = learn(ring, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0)
+        learn(ring, *changed, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0, observe=cut)
+    resumed = learn(ring, *changed, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0)
     assert same(undisturbed, resumed)
     assert undisturbed.curve == resumed.curve
 
@@ -134,7 +146,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(TrainSettings) if field.name != "mask_share"])
+ELSEWHERE = {"mask_share": "OTHERS, below", "packed": "refused on a CPU; its states: tests/recsys/test_model.py"}
+
+
+@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(TrainSettings) if field.name not in ELSEWHERE])
 def test_every_option_changes_the_training(ring, option):
     base = dataclasses.replace(TRAIN, epochs=40, patience=3) if option == "patience" else TRAIN
     first, second = learn(ring, base), learn(ring, dataclasses.replace(base, **{option: CHANGES[option]}))
@@ -194,6 +209,13 @@ def test_a_user_of_ten_thousand_events_is_learnt(block, attention):
             sequences, settings, dataclasses.replace(TRAIN, epochs=2), dataclasses.replace(LOSS, kind="softmax"), eager
         )
         assert state.curve[-1]["loss"] < state.curve[0]["loss"]
+
+
+def test_settings_that_do_not_go_together_are_refused(ring):
+    with pytest.raises(RecipeError, match="packed"):
+        learn(ring, dataclasses.replace(TRAIN, packed=True))
+    with pytest.raises(RecipeError, match="prefixes"):
+        learn(ring, dataclasses.replace(TRAIN, windows="prefixes"), MASKED)
 
 
 def test_a_set_with_nothing_to_learn_is_refused(ring):
