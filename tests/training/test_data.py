@@ -2,8 +2,8 @@
 
 import torch
 
-from recsys.batch import Sequences
-from training.data import EpochBatches
+from recsys.batch import UNKNOWN, Sequences
+from training.data import EpochBatches, mask
 
 
 def targets_of(sequences: Sequences, length: int) -> list[tuple[int, ...]]:
@@ -55,3 +55,46 @@ def test_epochs_differ_and_repeat_by_seed(ring):
 def test_the_rest_of_an_epoch_is_the_rest(ring):
     whole = [batch.targets.tolist() for batch in EpochBatches(ring, 50, 97, seed=0, epoch=0)]
     assert [batch.targets.tolist() for batch in EpochBatches(ring, 50, 97, seed=0, epoch=0).starting_at(5)] == whole[5:]
+
+
+def test_prefixes_are_one_window_for_each_target_of_the_epoch(ring):
+    length, found = 5, []
+    for batch in EpochBatches(ring, length, 97, 0, 0, "prefixes"):
+        assert torch.equal(batch.places, batch.history.offsets[1:] - 1)
+        found += [
+            (*batch.history.values[begin:end].tolist(), target)
+            for begin, end, target in zip(
+                batch.history.offsets[:-1].tolist(), batch.history.offsets[1:].tolist(), batch.targets.tolist(), strict=True
+            )
+        ]
+    begins, ends, _ = ring.windows("train")
+    wanted = [
+        tuple(ring.items[max(begin, place - length) : place + 1].tolist())
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+        for place in range(begin + 1, end)
+    ]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_masked_windows_hold_every_training_event_and_hide_what_is_to_be_named(ring):
+    seen, hidden = [], 0
+    for batch in EpochBatches(ring, 5, 97, 0, 0, "all", masked=True):
+        seen += batch.history.values.tolist()
+        masked = mask(batch, 0.2, torch.Generator().manual_seed(0))
+        assert torch.equal(masked.targets, batch.history.values[masked.places])
+        assert (masked.history.values[masked.places] == UNKNOWN).all()
+        others = torch.ones(len(batch.history.values), dtype=torch.bool).index_fill(0, masked.places, False)
+        assert torch.equal(masked.history.values[others], batch.history.values[others])
+        assert len(torch.unique(batch.history.owners[masked.places])) == len(batch.history), "each history has a target"
+        hidden += len(masked.places)
+    begins, ends, _ = ring.windows("train")
+    assert sorted(seen) == sorted(
+        row for begin, end in zip(begins.tolist(), ends.tolist(), strict=True) for row in ring.items[begin:end].tolist()
+    )
+    assert 0.2 < hidden / len(seen) < 0.45, "a fifth, and one where none was drawn"
+
+
+def test_packed_batches_are_full_of_events(ring):
+    sizes = [len(batch.targets) for batch in EpochBatches(ring, 50, 97, 0, 0, packed=True)]
+    assert max(sizes) <= 97
+    assert sum(sizes) > 0.85 * 97 * len(sizes)
