@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +49,7 @@ class TrainSettings(Settings):
     packed: bool = False
     """Whether histories lie end to end in place of padded (FlexAttention): on a GPU, for the sasrec and ligr blocks."""
     precision: str = "auto"
-    """Arithmetic of the blocks: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU or CPU that multiplies it itself."""
+    """Arithmetic of the forward pass: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it."""
     seed: int = 0
     """Decides the initial weights, the order of batches, negatives and dropout."""
 
@@ -285,17 +284,8 @@ def _learn(
 
 def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     if precision == "auto":
-        precision = "bfloat16" if multiplies_bfloat16(device.type) else "float32"
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-@cache
-def multiplies_bfloat16(kind: str) -> bool:
-    """Whether this machine's `cuda` or `cpu` has instructions for products of bfloat16."""
-    if kind == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known = torch.cpu.get_capabilities()
-    return kind == "cpu" and any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def keep_memory() -> None:

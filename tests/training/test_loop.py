@@ -19,7 +19,7 @@ from training.optimizer import KINDS, OptimizerSettings
 from training.validate import validate
 
 MODEL = ModelSettings(embedding_size=16, blocks=1, heads=2, hidden_size=23, length=11, dropout=0.1)
-TRAIN = TrainSettings(epochs=4, batch_tokens=307, precision="float32")
+TRAIN = TrainSettings(epochs=4, batch_tokens=307)
 LOSS = LossSettings(negatives=13)
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, warmup_steps=5)
 
@@ -154,13 +154,6 @@ def test_every_option_changes_the_training(ring, option):
     base = dataclasses.replace(TRAIN, epochs=40, patience=3) if option == "patience" else TRAIN
     first, second = learn(ring, base), learn(ring, dataclasses.replace(base, **{option: CHANGES[option]}))
     assert first.curve != second.curve or not same(first, second)
-
-
-@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_the_machine_decides_the_arithmetic_where_nobody_does(ring, monkeypatch, native, precision):
-    monkeypatch.setattr("training.loop.multiplies_bfloat16", lambda kind: native)
-    one, other = (learn(ring, dataclasses.replace(TRAIN, precision=named)) for named in ("auto", precision))
-    assert same(one, other)
 
 
 MASKED = dataclasses.replace(MODEL, objective="masked")
