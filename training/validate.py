@@ -17,8 +17,6 @@ from recsys.model import SequenceModel
 
 TOKENS = 2**14
 """Padded positions encoded at once."""
-
-
 SCORES = 2**25
 """Scores held at once: 128 MB."""
 NEVER, ALWAYS = 2.0, -2.0

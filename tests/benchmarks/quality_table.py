@@ -15,7 +15,7 @@ from pathlib import Path
 from features.dataset import Dataset
 from recsys.attention import PATTERNS
 from recsys.blocks import BLOCKS
-from recsys.config import load_recipe, override
+from recsys.config import Recipe, load_recipe, override
 from training.loop import choose_device, fit
 from training.losses import LOSSES
 from training.negatives import SAMPLINGS
@@ -47,12 +47,14 @@ def main() -> None:
     for line in lines():
         schedule = [f"train.epochs={args.epochs}", f"train.validate_every={args.epochs}"]
         chosen = override(base.sections, [*(f"{key}={value}" for key, value in line.items()), *schedule])
-        settings = [owner(**chosen.get(owner.section, {})) for owner in DECISIVE]
-        names = {key: str(getattr(settings[0 if key.startswith("model") else 2], key.partition(".")[2])) for key in KEYS}
+        recipe = Recipe(base.name, chosen)
+        settings = [recipe.read(owner) for owner in DECISIVE]
+        values = {read.section: read.as_dict() for read in settings}
+        names = {key: str(values[section][name]) for key in KEYS for section, name in [key.split(".")]}
         if any(names.items() <= row.items() for row in done):
             continue
         started = time.perf_counter()
-        state = fit(dataset.sequences, dataset.manifest["warm_items"], *settings, device=choose_device(args.device))  # type: ignore[arg-type]
+        state = fit(dataset.sequences, dataset.manifest["warm_items"], *settings, device=choose_device(args.device))
         figures = {name: round(state.curve[-1][name], 4) for name in ("recall@10", "ndcg@10")}
         row = {**names, **figures, "minutes": round((time.perf_counter() - started) / 60, 1)}
         done.append(row)
