@@ -20,7 +20,7 @@ from recsys.config import Settings
 from recsys.errors import DataError, RecipeError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
 from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
-from training.losses import LOSSES, LossSettings
+from training.losses import LOSSES, LossSettings, Seen
 from training.optimizer import Optimizer, OptimizerSettings
 from training.validate import validate
 
@@ -252,7 +252,8 @@ def _learn(
     state: State, batch: TrainingBatch, settings: TrainSettings, loss_settings: LossSettings, counts_V: torch.Tensor
 ) -> None:
     model, loss_of = state.model, LOSSES[loss_settings.kind]
-    if model.settings.objective == "masked":
+    masked = model.settings.objective == "masked"
+    if masked:
         batch = mask(batch, settings.mask_share, state.generator)
     line = None
     if settings.packed:  # few lengths, each compiled once
@@ -260,6 +261,7 @@ def _learn(
     with _precision(settings.precision, batch.targets.device):
         exits = model.exits(batch.history, state.generator, asked=batch.asked, positions=line, packed=settings.packed)
     places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
+    seen = _seen(batch, masked) if loss_settings.filter_seen else None
     losses = [
         loss_of(
             model,
@@ -268,6 +270,7 @@ def _learn(
             loss_settings,
             counts_V,
             state.generator,
+            seen,
         )
         for states_BTE in exits[-model.settings.blocks :]
     ]
@@ -280,6 +283,13 @@ def _learn(
     count = len(batch.targets)
     state.loss_sum, state.targets = state.loss_sum + loss.item() * count, state.targets + count
     state.step, state.steps = state.step + 1, state.steps + 1
+
+
+def _seen(batch: TrainingBatch, masked: bool) -> Seen:
+    """What each judged state has read: the events up to its own, or all of the history that are not hidden."""
+    history, owners_P = batch.history, batch.history.owners[batch.places]
+    ends_P = history.offsets[1:][owners_P] if masked else batch.places + 1
+    return Seen(history.values, history.offsets[:-1][owners_P], ends_P)
 
 
 def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
-from recsys.batch import FIRST_ITEM
+from recsys.batch import FIRST_ITEM, gather
 from recsys.config import Settings
 from recsys.model import SequenceModel
 from training.negatives import SAMPLINGS, Draw
@@ -41,6 +42,8 @@ class LossSettings(Settings):
     """Correct sampled_softmax for how often each negative is drawn."""
     calibration: float = 0.75
     """gBCE's t: from 0, plain binary cross-entropy, to 1, scores calibrated as if nothing were sampled."""
+    filter_seen: bool = False
+    """Leave out of a target's negatives the items that its state has read, as lists leave them out."""
 
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
@@ -53,8 +56,26 @@ class LossSettings(Settings):
             raise ValueError(f"calibration must be from 0 to 1, found {self.calibration}")
 
 
-Loss = Callable[[SequenceModel, Tensor, Tensor, LossSettings, Tensor, torch.Generator], Tensor]
-"""Model, placed states N × E, target rows N, settings, training events of each item V, generator → mean loss."""
+@dataclass(frozen=True)
+class Seen:
+    """The items that each target's state has read: `rows_M[begins_N[n] : ends_N[n]]`."""
+
+    rows_M: Tensor
+    """Item rows of all events, int64."""
+    begins_N: Tensor
+    ends_N: Tensor
+
+    def among(self, rows_S: Tensor) -> Seen:
+        """The same of the candidates alone, as columns of the ascending `rows_S` in place of rows."""
+        column_M = torch.searchsorted(rows_S, self.rows_M).clamp_(max=len(rows_S) - 1)
+        found_M = rows_S[column_M] == self.rows_M
+        before = pad(found_M.cumsum(0), (1, 0))
+        return Seen(column_M[found_M], before[self.begins_N], before[self.ends_N])
+
+
+Loss = Callable[[SequenceModel, Tensor, Tensor, LossSettings, Tensor, torch.Generator, Seen | None], Tensor]
+"""Model, placed states N × E, target rows N, settings, training events of each item V, generator, items that are no
+negatives → mean loss."""
 
 
 def softmax(
@@ -64,11 +85,13 @@ def softmax(
     settings: LossSettings,
     counts_V: Tensor,
     generator: torch.Generator,
+    seen: Seen | None = None,
 ) -> Tensor:
     """Cross-entropy of each target over the whole catalogue."""
     everything_S = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
     positives_NE, items_SE = model.vectors(targets_N), model.item_vectors()
-    return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, states_NE.new_ones(model.items), _cross_entropy)
+    odds_S = states_NE.new_ones(model.items)
+    return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, odds_S, seen, _cross_entropy)
 
 
 def sampled_softmax(
@@ -78,6 +101,7 @@ def sampled_softmax(
     settings: LossSettings,
     counts_V: Tensor,
     generator: torch.Generator,
+    seen: Seen | None = None,
 ) -> Tensor:
     """Cross-entropy of each target against negatives shared over the batch: one matrix product.
 
@@ -87,7 +111,7 @@ def sampled_softmax(
     draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
     log_inclusion_S = draw.log_inclusion_S.to(states_NE.dtype)
     odds_S = torch.exp(-log_inclusion_S) if settings.logq else torch.ones_like(log_inclusion_S)
-    return _sampled(model, states_NE, targets_N, draw, odds_S, _cross_entropy)
+    return _sampled(model, states_NE, targets_N, draw, odds_S, seen, _cross_entropy)
 
 
 def gbce(
@@ -97,6 +121,7 @@ def gbce(
     settings: LossSettings,
     counts_V: Tensor,
     generator: torch.Generator,
+    seen: Seen | None = None,
 ) -> Tensor:
     """Generalised binary cross-entropy, -β log σ(positive) - Σ log(1 - σ(negative)) (gSASRec, Petrov & Macdonald 2023).
 
@@ -106,7 +131,7 @@ def gbce(
     share = min(1.0, len(draw.rows_S) / max(1, model.items - 1))
     beta = 1 - settings.calibration * (1 - share)
     odds_S = states_NE.new_ones(len(draw.rows_S))
-    return _sampled(model, states_NE, targets_N, draw, odds_S, partial(_binary, beta=beta))
+    return _sampled(model, states_NE, targets_N, draw, odds_S, seen, partial(_binary, beta=beta))
 
 
 def bce(
@@ -116,9 +141,10 @@ def bce(
     settings: LossSettings,
     counts_V: Tensor,
     generator: torch.Generator,
+    seen: Seen | None = None,
 ) -> Tensor:
     """Binary cross-entropy of the positive and of every negative: gBCE without calibration."""
-    return gbce(model, states_NE, targets_N, replace(settings, calibration=0.0), counts_V, generator)
+    return gbce(model, states_NE, targets_N, replace(settings, calibration=0.0), counts_V, generator, seen)
 
 
 LOSSES: dict[str, Loss] = {"softmax": softmax, "sampled_softmax": sampled_softmax, "gbce": gbce, "bce": bce}
@@ -145,11 +171,19 @@ def _binary(logits_NS: Tensor, positive_N1: Tensor, odds_S: Tensor, beta: float)
     return loss, torch.ones_like(positive_N1), -beta * torch.sigmoid(-positive_N1)
 
 
-def _sampled(model: SequenceModel, states_NE: Tensor, targets_N: Tensor, draw: Draw, odds_S: Tensor, judge: Judge) -> Tensor:
+def _sampled(
+    model: SequenceModel,
+    states_NE: Tensor,
+    targets_N: Tensor,
+    draw: Draw,
+    odds_S: Tensor,
+    seen: Seen | None,
+    judge: Judge,
+) -> Tensor:
     """One look-up of positives and negatives: its gradient is as large as the table, and two would be twice."""
     vectors_ME = model.vectors(torch.cat([targets_N, draw.rows_S]))
     positives_NE, candidates_SE = vectors_ME.tensor_split([len(targets_N)])
-    return _mean(states_NE, positives_NE, candidates_SE, targets_N, draw.rows_S, odds_S, judge)
+    return _mean(states_NE, positives_NE, candidates_SE, targets_N, draw.rows_S, odds_S, seen, judge)
 
 
 def _mean(
@@ -159,13 +193,14 @@ def _mean(
     targets_N: Tensor,
     rows_S: Tensor,
     odds_S: Tensor,
+    seen: Seen | None,
     judge: Judge,
 ) -> Tensor:
-    """Mean loss of the positive against the candidates, whose rows ascend; a candidate that is the target is left out."""
+    """Mean loss of the positive against the candidates, whose rows ascend; the target and what was seen are left out."""
     column_N = torch.searchsorted(rows_S, targets_N).clamp_(max=len(rows_S) - 1)
     hit_N = rows_S[column_N] == targets_N
     loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        states_NE, positives_NE, candidates_SE, odds_S, column_N[:, None], hit_N[:, None], judge
+        states_NE, positives_NE, candidates_SE, odds_S, column_N[:, None], hit_N[:, None], seen and seen.among(rows_S), judge
     )
     return loss
 
@@ -185,6 +220,7 @@ class _Chunked(torch.autograd.Function):
         odds_S: Tensor,
         column_N1: Tensor,
         hit_N1: Tensor,
+        seen: Seen | None,
         judge: Judge,
     ) -> Tensor:
         count = len(states_NE)
@@ -201,6 +237,9 @@ class _Chunked(torch.autograd.Function):
             states, positives, column, hit = states_NE[part], positives_NE[part], column_N1[part], hit_N1[part]
             logits = torch.mm(states, candidates_SE.T, out=buffer[: len(states)])
             logits.scatter_(1, column, logits.gather(1, column).masked_fill_(hit, -torch.inf))
+            if seen is not None:
+                columns = gather(seen.rows_M, seen.rows_M, seen.begins_N[part], seen.ends_N[part])
+                logits.view(-1).index_fill_(0, columns.owners * logits.shape[1] + columns.values, -torch.inf)
             positive = (states * positives).sum(1, keepdim=True)
             loss, share, pull = judge(logits, positive, odds_S)
             total += loss
@@ -217,4 +256,4 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scale = gradients[0] / ctx.count
         states, positives, candidates = ctx.saved_tensors
-        return states * scale, positives * scale, candidates * scale, None, None, None, None
+        return states * scale, positives * scale, candidates * scale, None, None, None, None, None

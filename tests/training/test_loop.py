@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recsys.attention import PATTERNS, POSITIONS, TIMES
-from recsys.batch import FIRST_ITEM, Sequences
+from recsys.batch import FIRST_ITEM, UNKNOWN, Sequences
 from recsys.blocks import BLOCKS
 from recsys.errors import DataError, RecipeError, RecsysError
 from recsys.model import ModelSettings
@@ -39,6 +39,7 @@ def same(one, other) -> bool:
 LEARNERS = {
     **{f"loss {kind}": [dataclasses.replace(LOSS, kind=kind), dataclasses.replace(TRAIN, epochs=60)] for kind in LOSSES},
     **{f"sampling {kind}": [dataclasses.replace(LOSS, sampling=kind)] for kind in SAMPLINGS},
+    "unseen negatives": [dataclasses.replace(LOSS, filter_seen=True)],
     **{f"optimizer {kind}": [dataclasses.replace(OPTIMIZER, kind=kind)] for kind in KINDS},
     **{f"block {kind}": [dataclasses.replace(MODEL, block=kind)] for kind in BLOCKS},
     **{f"attention {kind}": [dataclasses.replace(MODEL, attention=kind, span=4)] for kind in PATTERNS},
@@ -168,6 +169,7 @@ OTHERS = {
         [dataclasses.replace(LOSS, sampling="popularity", logq=False)],
     ),
     "calibration": ([dataclasses.replace(LOSS, kind="gbce")], [dataclasses.replace(LOSS, kind="gbce", calibration=0.1)]),
+    "filter_seen": ([], [dataclasses.replace(LOSS, filter_seen=True)]),
     "kind of optimizer": ([], [dataclasses.replace(OPTIMIZER, kind="muon")]),
     "learning_rate": ([], [dataclasses.replace(OPTIMIZER, learning_rate=1e-3)]),
     "embedding_learning_rate": ([], [dataclasses.replace(OPTIMIZER, embedding_learning_rate=1e-3)]),
@@ -209,6 +211,34 @@ def test_a_user_of_ten_thousand_events_is_learnt(block, attention):
             sequences, settings, dataclasses.replace(TRAIN, epochs=2), dataclasses.replace(LOSS, kind="softmax"), eager
         )
         assert state.curve[-1]["loss"] < state.curve[0]["loss"]
+
+
+@pytest.mark.parametrize(("objective", "windows"), [("causal", "all"), ("causal", "prefixes"), ("masked", "all")])
+def test_what_a_state_has_read_is_told_to_the_loss(ring, monkeypatch, objective, windows):
+    """Items ascend around the ring: a causal state has read all before its target, a masked one all that is not hidden."""
+    told = []
+
+    def watch(model, states, targets, settings, counts, generator, seen):
+        told.append((targets, seen))
+        return LOSSES["softmax"](model, states, targets, settings, counts, generator, seen)
+
+    monkeypatch.setitem(LOSSES, "watched", watch)
+    learn(
+        ring,
+        dataclasses.replace(MODEL, objective=objective),
+        dataclasses.replace(TRAIN, epochs=1, windows=windows),
+        LossSettings("watched", filter_seen=True),
+    )
+    longest = 0
+    for targets, seen in told:
+        for target, begin, end in zip(targets.tolist(), seen.begins_N.tolist(), seen.ends_N.tolist(), strict=True):
+            read = seen.rows_M[begin:end].tolist()
+            longest = max(longest, len(read))
+            if objective == "causal":
+                assert read == [(target - FIRST_ITEM - back) % RING + FIRST_ITEM for back in range(len(read), 0, -1)]
+            else:
+                assert target not in read and UNKNOWN in read
+    assert longest == MODEL.length
 
 
 def test_settings_that_do_not_go_together_are_refused(ring):

@@ -9,11 +9,16 @@ import torch.nn.functional as F
 from recsys.batch import FIRST_ITEM
 from recsys.model import ModelSettings, SequenceModel
 from training import losses
-from training.losses import LOSSES, LossSettings
+from training.losses import LOSSES, LossSettings, Seen
 from training.negatives import SAMPLINGS
 
 ITEMS, TARGETS = 101, 37
 COUNTS = torch.arange(ITEMS, 0, -1)
+SEEN = Seen(
+    torch.randint(0, FIRST_ITEM + ITEMS, (61,), generator=torch.Generator().manual_seed(1)),
+    torch.arange(TARGETS) // 2,
+    torch.arange(TARGETS) // 2 + torch.arange(TARGETS) % 40,
+)
 
 
 @pytest.fixture(params=["dot", "cosine"])
@@ -25,7 +30,7 @@ def setting(request):
     return model, states, torch.randint(FIRST_ITEM, FIRST_ITEM + ITEMS, (TARGETS,), generator=generator)
 
 
-def dense(name, model, states, targets, settings, generator):
+def dense(name, model, states, targets, settings, generator, seen=None):
     """The loss as its paper writes it, with every logit at hand."""
     positive = (states * model.vectors(targets)).sum(1, keepdim=True)
     if name == "softmax":
@@ -35,6 +40,8 @@ def dense(name, model, states, targets, settings, generator):
         rows, correction = draw.rows_S, -draw.log_inclusion_S * (settings.logq and name == "sampled_softmax")
     logits = states @ model.vectors(rows).T + correction
     logits = logits.masked_fill(targets[:, None] == rows, -torch.inf)
+    for n in range(TARGETS if seen else 0):
+        logits[n, torch.isin(rows, seen.rows_M[seen.begins_N[n] : seen.ends_N[n]])] = -torch.inf
     if "softmax" in name:
         return F.cross_entropy(torch.cat([positive, logits], 1), torch.zeros(len(targets), dtype=torch.int64))
     alpha, t = len(rows) / (ITEMS - 1), settings.calibration if name == "gbce" else 0
@@ -46,17 +53,17 @@ def values(loss, model, states):
     return [loss, *torch.autograd.grad(3 * loss, [states, model.table.weight])]
 
 
-@pytest.mark.parametrize("scale", [1, 300], ids=["small", "large"])
+@pytest.mark.parametrize(("scale", "seen"), [(1, None), (1, SEEN), (300, SEEN)], ids=["all", "unseen", "large"])
 @pytest.mark.parametrize("chunk", [1, 1009, 2**23])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("logq", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_and_its_gradient_are_those_of_its_formula(setting, monkeypatch, name, logq, sampling, chunk, scale):
+def test_a_loss_and_its_gradient_are_those_of_its_formula(setting, monkeypatch, name, logq, sampling, chunk, scale, seen):
     model, states, targets = setting
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
     settings = LossSettings(name, negatives=31, sampling=sampling, logq=logq)
-    ours = LOSSES[name](model, states * scale, targets, settings, COUNTS, torch.Generator().manual_seed(5))
-    wanted = dense(name, model, states * scale, targets, settings, torch.Generator().manual_seed(5))
+    ours = LOSSES[name](model, states * scale, targets, settings, COUNTS, torch.Generator().manual_seed(5), seen)
+    wanted = dense(name, model, states * scale, targets, settings, torch.Generator().manual_seed(5), seen)
     for found, expected in zip(values(ours, model, states), values(wanted, model, states), strict=True):
         assert torch.allclose(found, expected)
 
