@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recsys.config import Settings
 
@@ -73,8 +73,7 @@ class Optimizer:
         ]
         self.parts: list[torch.optim.Optimizer] = []
         if settings.kind == "muon":
-            muon = {"params": matrices, "peak": settings.muon_learning_rate}
-            self.parts.append(torch.optim.Muon([muon], weight_decay=decay, adjust_lr_fn="original"))
+            self.parts.append(Muon([{"params": matrices, "peak": settings.muon_learning_rate, "weight_decay": decay}]))
         else:
             groups.append({"params": matrices, "peak": rate, "weight_decay": decay})
         self.parts.insert(0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))
@@ -124,6 +123,52 @@ class Optimizer:
         with torch.no_grad():
             for average, saved in zip(self.average, state["average"], strict=True):
                 average.copy_(saved)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): steps along the orthogonal part of the momentum, Nesterov's, of each matrix.
+
+    torch's own multiplies bfloat16, a quarter of a training step where the CPU does not.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
+        super().__init__(groups, {"momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                kept = self.state[matrix]["momentum"]
+                kept.lerp_(matrix.grad, 1 - group["momentum"])
+                change = orthogonal(matrix.grad.lerp(kept, group["momentum"]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(change, alpha=group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients a, b, c of X ← (a + b XXᵀ + c (XXᵀ)²) X: after five times singular values lie around 1 (Jordan et al. 2024)."""
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """U Vᵀ of the matrix U S Vᵀ, nearly, of the same shape.
+
+    The steps multiply Gram matrices of the smaller side, for XXᵀ commutes with what multiplies X: half the work.
+    """
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    gram = wide @ wide.T
+    product = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    for _ in range(steps):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product, gram = factor @ product, factor @ gram @ factor
+    near: Tensor = product @ wide
+    return near if len(matrix) <= matrix.shape[1] else near.T
 
 
 def rate_at(step: int, steps: int, warmup: int, peak: float) -> float:

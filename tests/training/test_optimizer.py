@@ -9,7 +9,7 @@ import torch
 
 from recsys.batch import Batch
 from recsys.model import ModelSettings, SequenceModel
-from training.optimizer import KINDS, Optimizer, OptimizerSettings, rate_at
+from training.optimizer import KINDS, NEWTON_SCHULZ, Muon, Optimizer, OptimizerSettings, orthogonal, rate_at
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
 
@@ -71,6 +71,33 @@ def test_muon_moves_the_matrices_of_blocks_alike_in_all_directions():
     for name, change in changes.items():
         matrix = name.startswith("blocks.") and name.endswith(".weight") and change.ndim == 2
         assert torch.equal(change, adamw[name]) != matrix, name
+
+
+def test_muon_is_that_of_torch_without_its_rounding():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.ones(shape).requires_grad_() for shape in ((24, 8), (8, 8), (5, 11))] for _ in range(2))
+    muon = Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.3}])
+    plain = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3, adjust_lr_fn="original")
+    for _ in range(7):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = other.grad = torch.randn(one.shape, generator=generator)
+        muon.step()
+        plain.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < 0.02  # of .7 steps
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_the_orthogonal_part_has_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    singular /= singular.norm()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        singular = a * singular + b * singular**3 + c * singular**5
+    assert torch.allclose(orthogonal(matrix).double(), left * singular @ right, atol=1e-4)
+    assert ((singular > 0.6) & (singular < 1.3)).all()
+    assert (orthogonal(torch.zeros(shape)) == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
