@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,11 @@ class View:
         """T: the padded length, or all events of a packed batch."""
         return len(self.at_T)
 
+    @cached_property
+    def buckets_BTT(self) -> Tensor:
+        """Bucket of the duration from each event to each time that is asked for: once for all blocks."""
+        return time_bucket(self.asked_BT[:, :, None] - self.times_BT[:, None])
+
     def take(self, chosen_B: Tensor) -> View:
         """The view of some of the padded histories, by a mask or by lines."""
         return View(self.lengths_B[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
@@ -57,7 +62,7 @@ class View:
 
 def time_bucket(seconds: Tensor) -> Tensor:
     """Bucket of each duration, int64: floor(2 log2(1 + seconds)), at most TIME_BUCKETS - 1; negative ones count as 0."""
-    return (2 * (seconds.clamp(min=0) + 1).float().log2()).long().clamp(max=TIME_BUCKETS - 1)
+    return (2 * (seconds.float().clamp(min=0) + 1).log2()).clamp(max=TIME_BUCKETS - 1).long()
 
 
 def _full(queries: Tensor, keys: Tensor, span: int) -> Tensor:
@@ -183,7 +188,10 @@ class Attention(nn.Module):
             hidden = hidden + biases(self.position_bias, far)
         logits += hidden
         if self.time_bias is not None:
-            buckets = time_bucket(view.asked_BT[:, queries, None] - view.times_BT[:, None, keys])
+            if len(queries) == len(keys) == view.positions:
+                buckets = view.buckets_BTT
+            else:
+                buckets = time_bucket(view.asked_BT[:, queries, None] - view.times_BT[:, None, keys])
             logits += biases(self.time_bias, buckets)
         return logits
 
