@@ -11,7 +11,7 @@ from training.run import DECISIVE
 
 DEFAULT_SEARCH: dict[str, dict[str, Any]] = {
     "model": {"dropout": {"low": 0.0, "high": 0.8}, "temperature": {"low": 0.03, "high": 1.0, "log": True}},
-    "train": {"batch_tokens": [3_200, 6_400, 12_800]},
+    "train": {"batch_tokens": [1_600, 3_200, 6_400, 12_800]},
     "optimizer": {
         "kind": ["adamw", "muon"],
         "muon_learning_rate": {"low": 2e-3, "high": 1e-1, "log": True},
