@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, gather
 from recsys.config import Settings
@@ -72,7 +71,7 @@ class Seen:
         """The same of the candidates alone, as columns of the ascending `rows_S` in place of rows."""
         column_M = torch.searchsorted(rows_S, self.rows_M).clamp_(max=len(rows_S) - 1)
         found_M = rows_S[column_M] == self.rows_M
-        before = pad(found_M.cumsum(0), (1, 0))
+        before = F.pad(found_M.cumsum(0), (1, 0))
         return Seen(column_M[found_M], before[self.begins_N], before[self.ends_N])
 
 

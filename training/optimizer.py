@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -135,7 +135,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has overloads
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -147,6 +149,7 @@ class Muon(torch.optim.Optimizer):
                 change = orthogonal(matrix.grad.lerp(kept, group["momentum"]))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(change, alpha=group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+        return loss
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -87,6 +87,18 @@ def test_muon_is_that_of_torch_without_its_rounding():
         assert (one - other).abs().max() < 0.02  # of .7 steps
 
 
+def test_muon_steps_by_the_gradient_that_a_closure_makes():
+    matrix = torch.ones(5, 3).requires_grad_()
+
+    def closure():
+        loss = matrix.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert Muon([{"params": [matrix], "lr": 0.1, "weight_decay": 0.0}]).step(closure) == 15
+    assert (matrix < 1).all()
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_the_orthogonal_part_has_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
