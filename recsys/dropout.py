@@ -24,15 +24,20 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: int, generator: torch.Generator) -> Tensor:
-        keep = random_bytes(x.numel(), generator).view(x.shape) >= threshold
-        ctx.save_for_backward(keep)
-        ctx.scale = 256 / (256 - threshold)
-        return (x * keep).mul_(ctx.scale)
+        random = random_bytes(x.numel(), generator).view(x.shape)
+        ctx.save_for_backward(random)
+        ctx.threshold = threshold
+        return _dropped(x, random, threshold)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return (gradients[0] * keep).mul_(ctx.scale), None, None
+        return _dropped(gradients[0], ctx.saved_tensors[0], ctx.threshold), None, None
+
+
+def _dropped(x: Tensor, random: Tensor, threshold: int) -> Tensor:
+    """`x` where the byte reaches the threshold, scaled, else 0; as numbers, for booleans take 10 times as long on the CPU."""
+    keep = random.to(x.dtype).sub_(threshold - 1).clamp_(0, 1)
+    return keep.mul_(x).mul_(256 / (256 - threshold))
 
 
 def random_bytes(count: int, generator: torch.Generator) -> Tensor:

@@ -230,6 +230,19 @@ def test_both_table_backends_give_the_same_numbers_and_gradients():
         assert torch.equal(ours, theirs)
 
 
+def test_look_ups_add_to_one_gradient_in_place():
+    table, rows, factors = TABLES["torch"](7, 3), torch.tensor([[5, 0, 5], [2, 5, 0]]), torch.arange(18.0).view(2, 3, 3)
+    with torch.no_grad():
+        table.weight.normal_(generator=torch.Generator().manual_seed(0))
+    wanted = table.weight.detach().clone().requires_grad_()
+    ((wanted[rows] * factors).sum() + wanted[rows[0]].square().sum()).backward()
+    (table(rows) * factors).sum().backward()
+    before = table.weight.grad
+    table(rows[0]).square().sum().backward()
+    assert table.weight.grad is before
+    assert torch.allclose(table.weight.grad, wanted.grad)
+
+
 def test_cosine_scores_are_bounded_by_the_temperature():
     model, batch = build(dataclasses.replace(SETTINGS, similarity="cosine", temperature=0.1)), random_batch([5, 11])
     scores = model.encode(batch) @ model.item_vectors().T
