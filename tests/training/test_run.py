@@ -68,7 +68,8 @@ def test_a_model_trained_with_torchrec_is_the_one_trained_without_and_serves_wit
     sharded = run(dataset, tmp_path / "torchrec", embedding="torchrec")
     first, second = (load_file(model.path / "weights.safetensors") for model in (plain, sharded))
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name, weights in first.items():  # equal but for the order in which a row's gradients are added
+        torch.testing.assert_close(second[name], weights, rtol=0, atol=1e-7)
     assert type(model_from(open_directory(sharded.path)).table).__name__ == "TorchTable"
 
 
