@@ -22,7 +22,7 @@ from features.files import read_files
 from features.items import describe, make_catalogue, read_table, renew
 from features.schema import DataSettings, RawTables, Tally
 from features.sequences import write_sequences
-from features.split import SplitSettings
+from features.split import SplitSettings, without_cold
 from recsys.bundle import publish
 from recsys.config import Recipe
 from recsys.errors import DataError
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is done, events done, events in all)."""
 TALLIES = {"events": "rows", "items": "item_rows", "users": "user_rows"}
 """What the manifest calls the account of a table's rows."""
-LASTING = ("text_columns", "category_columns", "category_separator", "repeats")
+LASTING = ("text_columns", "category_columns", "category_separator", "number_columns", "repeats")
 """Settings of section [data] that an append cannot change, for what they made of earlier rows is not kept."""
 
 
@@ -115,7 +115,7 @@ class _Job:
         listed = self._renew("items", raw.items, "item_id", ids)
         users = self._renew("users", raw.users, "user_id", ids)
         counts = self._write_events(raw.events, earlier, ids)
-        items = make_catalogue(listed, counts, self.tallies["events"])
+        items = make_catalogue(listed, without_cold(counts, self.split), self.tallies["events"])
         warm = (items["events"] > 0).sum()
         if not warm:
             raise DataError(f"{self.where}: no event is for training; set split.test_start to a time after the first events")
@@ -132,6 +132,7 @@ class _Job:
             "events": sum(parts.values()),
             "items": len(items),
             "warm_items": warm,
+            "items_without_text": (items["text"] == "").sum(),
             "counts": parts,
             **{key: self.tallies[table].as_dict() for table, key in TALLIES.items()},
         }

@@ -15,10 +15,13 @@ from recsys.errors import DataError
 
 if TYPE_CHECKING:
     from recsys.batch import Sequences
+    from recsys.content import Described
 
 MANIFEST = "dataset.json"
 FLAT_ROWS, LIST_ROWS = 2**18, 2**13
 """Rows of a row group; a row of a list column holds a whole user."""
+LISTED = ("item_id", "title", "text", "categories", "numbers")
+"""What an items table says of an item."""
 ONE_PAGE = 2**30
 """Bytes of a data page. Polars sizes the pages of list columns by the chunks in memory, so only one page a column and
 row group has the same bytes however the rows came."""
@@ -48,6 +51,13 @@ def write_parquet(
     )
 
 
+def described(items: pl.DataFrame) -> Described:
+    """Items as an items table describes them, in its order."""
+    from recsys.content import Described
+
+    return Described(items["text"].to_list(), items["categories"].to_list(), items["numbers"].to_list())
+
+
 class Dataset:
     """A DATASET that was built before; what it holds is read when first asked for."""
 
@@ -70,13 +80,13 @@ class Dataset:
 
     @cached_property
     def items(self) -> pl.DataFrame:
-        """row, item_id, title (null: in no items table), text, categories, events of the training part; by row."""
+        """row, item_id, title (null: in no items table), text, categories, numbers, events of the training part; by row."""
         return pl.read_parquet(self.path / "items.parquet")
 
     @property
     def listed(self) -> pl.DataFrame | None:
-        """item_id, title, text and categories of the items that an items table listed; None where there was none."""
-        items = self.items.filter(pl.col("title").is_not_null()).select("item_id", "title", "text", "categories")
+        """item_id, title, text, categories and numbers of the items that a table listed; None where there was none."""
+        items = self.items.filter(pl.col("title").is_not_null()).select(LISTED)
         return items if len(items) else None
 
     @cached_property
@@ -98,9 +108,9 @@ class Dataset:
         return self.items.select(pl.when(title != "").then(title).otherwise(item_id)).to_series().to_list()
 
     @property
-    def texts(self) -> list[str]:
-        """The text of every item, by row; empty where it has none."""
-        return self.items["text"].to_list()
+    def described(self) -> Described:
+        """What every item's text, categories and numbers are, by row."""
+        return described(self.items)
 
     @cached_property
     def user_ids(self) -> pl.Series:

@@ -50,6 +50,17 @@ def read_files(data: Path, settings: DataSettings) -> RawTables:
     return RawTables(table, items, users)
 
 
+def read_items(path: Path, settings: DataSettings) -> pl.LazyFrame:
+    """An items table by itself, with the columns that the settings name; those of a public set have the canonical names.
+
+    Raises DataError: no such file, of no known format, or a missing column.
+    """
+    if not path.is_file() or file_format(path) not in FORMATS:
+        raise DataError(f"{path}: is no file of items; give one of {', '.join(FORMATS)}")
+    item_id = settings.item_id if settings.source == "files" else "item_id"
+    return _rename(_scan_all([path], {"item_id": item_id}), {"item_id": item_id}, ("item_id",))
+
+
 def find_files(folder: Path, pattern: str) -> list[Path]:
     """Files of a known format that match a path, glob or folder below `folder`, in the order of their names."""
     found: list[Path] = []

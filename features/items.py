@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import polars as pl
 
-from features.cells import read_id
+from features.cells import TEXTS, read_id
 from features.events import number, set_aside
 from features.files import readable
 from features.schema import REASON, ROW, DataSettings, Tally, require
 from recsys.batch import FIRST_ITEM
+from recsys.errors import DataError
 
 NO_CATEGORIES = pl.lit([], pl.List(pl.String))
+NO_NUMBERS = pl.lit([], pl.List(pl.Float32))
 
 
 def read_table(
@@ -45,8 +47,11 @@ def renew(old: pl.DataFrame | None, new: pl.DataFrame, name: str, tally: Tally) 
 
 
 def describe(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.DataFrame:
-    """item_id, title, text and categories of an items table. Raises DataError: a column is missing."""
-    require((*settings.text_columns, *settings.category_columns), items.columns, where)
+    """item_id, title, text, categories and numbers of an items table.
+
+    Raises DataError: a column is missing, or one of number_columns holds something else.
+    """
+    require((*settings.text_columns, *settings.category_columns, *settings.number_columns), items.columns, where)
     title = _text(items, "title") if settings.title and "title" in items.columns else pl.lit("")
     texts = {name: _text(items, name) for name in settings.text_columns}
     named = [pl.when(text != "").then(pl.lit(f"{name}: ") + text) for name, text in texts.items()]
@@ -55,6 +60,7 @@ def describe(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Data
         title=title,
         text=pl.concat_str(named, separator="; ", ignore_nulls=True) if named else title,
         categories=_categories(items, settings),
+        numbers=_numbers(items, settings, where),
     )
 
 
@@ -63,7 +69,8 @@ def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tal
 
     Raises DataError: an event's item is not listed, though there is a list, and the tally is strict.
     """
-    unknown = counts.select("item_id", title=pl.lit(None, pl.String), text=pl.lit(""), categories=NO_CATEGORIES)
+    nothing = {"title": pl.lit(None, pl.String), "text": pl.lit(""), "categories": NO_CATEGORIES, "numbers": NO_NUMBERS}
+    unknown = counts.select("item_id", **nothing)
     unlisted = counts.head(0) if listed is None else counts.join(listed, on="item_id", how="anti").sort("item_id")
     tally.settle("unknown_item", int(unlisted["all"].sum()), unlisted.select("item_id"))
     rows = (unknown if listed is None else listed).join(counts, on="item_id", how="full", coalesce=True).sort("item_id")
@@ -74,6 +81,7 @@ def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tal
         "title",
         pl.col("text").fill_null(""),
         pl.col("categories").fill_null(NO_CATEGORIES),
+        pl.col("numbers").fill_null(NO_NUMBERS),
         pl.col("training").alias("events"),
     )
 
@@ -99,6 +107,32 @@ def _categories(items: pl.DataFrame, settings: DataSettings) -> pl.Expr:
         return NO_CATEGORIES
     value = pl.element().str.strip_chars()
     return pl.concat_list(columns).list.eval(value.filter(value != "").unique(maintain_order=True))
+
+
+def _numbers(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Expr | pl.Series:
+    """The number columns end to end, Float32, null where one is missing or not finite; an empty list where all are."""
+    parts = []
+    for name in settings.number_columns:
+        column = items[name]
+        widths = column.list.len().drop_nulls().unique().to_list() if isinstance(column.dtype, pl.List) else [1]
+        if isinstance(column.dtype, pl.Array):
+            column, widths = column.arr.to_list(), [column.dtype.size]
+        if len(widths) > 1:
+            raise DataError(f"{where}: lists of column {name!r} hold {min(widths)} to {max(widths)} numbers; give always as many")
+        width = widths[0] if widths else 0
+        if column.dtype in TEXTS:  # of a file without types
+            column = column.cast(pl.String).str.strip_chars().replace("", None)
+        cells = column if isinstance(column.dtype, pl.List) else column.to_frame().select(pl.concat_list(name)).to_series()
+        numbers = cells.cast(pl.List(pl.Float32), strict=False)
+        wrong = (numbers.explode().is_null() & cells.explode().is_not_null()).sum()
+        if wrong:
+            raise DataError(f"{where}: column {name!r} holds {wrong} cells that are no numbers; mend them, or leave it out")
+        gap = pl.lit([None] * width, pl.List(pl.Float32))
+        parts.append(pl.select(pl.when(numbers.is_null()).then(gap).otherwise(numbers)).to_series())
+    if not parts:
+        return NO_NUMBERS
+    whole = pl.DataFrame([part.alias(str(place)) for place, part in enumerate(parts)]).select(pl.concat_list(pl.all()))
+    return whole.to_series().list.eval(pl.when(pl.element().is_finite()).then(pl.element()))
 
 
 def _is_list(items: pl.DataFrame, name: str) -> bool:

@@ -21,7 +21,8 @@ class RawTables:
     """user_id, item_id, timestamp (null where unknown), optionally order (place within the user); other columns are kept
     for the quarantine alone."""
     items: pl.LazyFrame | None = None
-    """item_id, optionally title, and the columns that DataSettings.text_columns and category_columns name."""
+    """item_id, optionally title, and the columns that DataSettings.text_columns, category_columns and
+    number_columns name."""
     users: pl.LazyFrame | None = None
     """user_id and whatever else is known of a user."""
 
@@ -60,6 +61,8 @@ class DataSettings(Settings):
     """Columns whose values are an item's categories."""
     category_separator: str = "|"
     """What separates several categories in one cell; empty: a cell is one category."""
+    number_columns: tuple[str, ...] = ()
+    """Columns of numbers that describe an item: one a cell (a price), or a list of always so many (a vector of its image)."""
     repeats: Literal["drop", "keep"] = "drop"
     """What becomes of an event that agrees with an earlier one in user, item, time and order."""
     now: int = 0

@@ -102,7 +102,7 @@ def train(
     chosen = _recipe(recipe, settings)
     data = Dataset.open(dataset)
     resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
-    with training_progress() as observe:
+    with training_progress() as (observe, progress):
         model = train_run(
             data,
             resolved,
@@ -111,6 +111,7 @@ def train(
             device=choose_device(device),
             tracking=Tracking(chosen.read(TrackingSettings)),
             observe=observe,
+            progress=progress,
         )
     best = model.manifest["quality"]["validation"]
     judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
@@ -238,6 +239,77 @@ def export(
     registered = f", version {version} is champion" if version else ""
     index = manifest["index"]
     typer.echo(f"{out}: bundle {manifest['id']}, {index['kind']} index, recall@100 {index['recall@100']:.4f}{registered}")
+
+
+items_app = typer.Typer(
+    help="Items of a bundle, without training: a new one is recommended at once, by its description.", no_args_is_help=True
+)
+app.add_typer(items_app, name="items")
+ItemsFile = Annotated[Path, typer.Option("--items", help="Table of items with the columns that the model learnt from.")]
+NewBundle = Annotated[Path | None, typer.Option("--out", help="Directory of the new bundle; without it the old one is replaced.")]
+Register = Annotated[bool, typer.Option(help="Register the new bundle in MLflow as champion.")]
+
+
+@items_app.command("add")
+def add_items(bundle: BundlePath, items: ItemsFile, out: NewBundle = None, register: Register = True) -> None:
+    """Add items: their text, categories and numbers are read, and they can be recommended.
+
+    Example: recsys items add bundles/shop --items new_products.csv
+    """
+    _change_items("add", bundle, items, out, register)
+
+
+@items_app.command("update")
+def update_items(bundle: BundlePath, items: ItemsFile, out: NewBundle = None, register: Register = True) -> None:
+    """Describe items of a bundle anew.
+
+    Example: recsys items update bundles/shop --items products.csv
+    """
+    _change_items("update", bundle, items, out, register)
+
+
+@items_app.command("remove")
+def remove_items(
+    bundle: BundlePath,
+    item: Annotated[list[str], typer.Option("--item", metavar="ID …", help="Ids of items: --item 1 260, after BUNDLE.")],
+    out: NewBundle = None,
+    register: Register = True,
+) -> None:
+    """Take items out of all lists; in histories they are still read.
+
+    Example: recsys items remove bundles/shop --item 22423 85123A
+    """
+    from serving.items import remove
+
+    _tell_change(remove(bundle, item, out), out or bundle, register)
+
+
+def _change_items(verb: str, bundle: Path, path: Path, out: Path | None, register: bool) -> None:
+    from features.files import read_items
+    from features.schema import DataSettings
+    from recsys.bundle import open_directory
+    from recsys.terminal import bar
+    from serving import items
+
+    settings = DataSettings(**open_directory(bundle, verify=False).manifest["recipe"].get(DataSettings.section, {}))
+    change = {"add": items.add, "update": items.update}[verb]
+    with bar("texts") as progress:
+        manifest = change(bundle, read_items(path, settings), out, partial(progress, "text"))
+    _tell_change(manifest, out or bundle, register)
+
+
+def _tell_change(manifest: dict[str, Any], bundle: Path, register: bool) -> None:
+    from recsys.tracking import Tracking
+
+    version = ""
+    if register:
+        with Tracking.of(manifest).run(bundle.name) as tracking:
+            version = tracking.register(bundle, manifest["id"])
+    counts = {**manifest["changes"]}
+    unknown = counts.pop("unknown", 0)
+    said = ", ".join(f"{count:,} items {verb}" for verb, count in counts.items())
+    said += f", {unknown:,} of them not recommended: nothing is known of them" if unknown else ""
+    typer.echo(f"{bundle}: bundle {manifest['id']}, {said}" + (f", version {version} is champion" if version else ""))
 
 
 @app.command()
@@ -424,11 +496,11 @@ def main() -> None:
 
 
 def _one_by_one(words: list[str]) -> list[str]:
-    """`--history A B` as `--history A --history B`, and `--times` likewise: options of several values are none of typer's."""
+    """`--history A B` as `--history A --history B`, and other lists likewise: options of several values are none of typer's."""
     spread: list[str] = []
     option = ""
     for word in words:
-        if word in ("--history", "--times"):
+        if word in ("--history", "--times", "--item"):
             option = word
             continue
         option = "" if word.startswith("-") else option

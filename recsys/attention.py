@@ -34,6 +34,8 @@ class View:
 
     lengths_B: Tensor
     """Events of each history, int64."""
+    rows_BT: Tensor
+    """Item row of each event, int64."""
     at_T: Tensor
     """Position of each event in its history, int64."""
     times_BT: Tensor
@@ -57,7 +59,7 @@ class View:
 
     def take(self, chosen_B: Tensor) -> View:
         """The view of some of the padded histories, by a mask or by lines."""
-        return View(self.lengths_B[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
+        return View(self.lengths_B[chosen_B], self.rows_BT[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
 
 
 def time_bucket(seconds: Tensor) -> Tensor:

@@ -131,6 +131,18 @@ class Sequences:
         rows = self.items[change.cumsum(0)[:-1] > 0].long()
         return torch.bincount(rows, minlength=FIRST_ITEM + items)[FIRST_ITEM : FIRST_ITEM + items]
 
+    def learnable(self, items: int) -> Sequences:
+        """The training parts alone, without events of other than the first `items` items, of which nothing is to be learnt;
+        the sequences themselves where there is no such event.
+        """
+        train = gather(self.items, self.times, *self.windows("train")[:2])
+        keep = train.values < FIRST_ITEM + items
+        if bool(keep.all()):
+            return self
+        lengths = torch.bincount(train.owners[keep], minlength=self.users)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return Sequences(train.values[keep].int(), train.times[keep], offsets, lengths, lengths)
+
     def windows(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """Flat (start of history, end of history = start of targets, end of targets), each int64 of shape U.
 

@@ -8,14 +8,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recsys.errors import BundleError, RecsysError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
 
@@ -61,6 +62,16 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Directory(path, content)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Meanwhile no other process on this machine is in here for the same `path`; it waits for its turn."""
+    import fcntl
+
+    with path.absolute().with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        yield
 
 
 def open_directory(path: Path, verify: bool = True, name: str = MANIFEST, error: type[RecsysError] = BundleError) -> Directory:

@@ -44,9 +44,16 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
         build(out / "raw", recipe, out / "dataset")
     dataset = Dataset.open(out / "dataset")
     tracking = Tracking(TrackingSettings(uri=f"sqlite:///{(out / 'mlflow.db').absolute()}"))
-    with terminal.training_progress() as observe:
+    with terminal.training_progress() as (observe, progress):
         train(
-            dataset, resolved, out / "run", name=recipe.name, device=choose_device("auto"), tracking=tracking, observe=observe
+            dataset,
+            resolved,
+            out / "run",
+            name=recipe.name,
+            device=choose_device("auto"),
+            tracking=tracking,
+            observe=observe,
+            progress=progress,
         )
     with terminal.steps("demo") as tell:
         tell("export: weights, item vectors and index to a bundle")

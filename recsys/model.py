@@ -18,10 +18,13 @@ from recsys.batch import FIRST_ITEM, UNKNOWN, Batch
 from recsys.blocks import BLOCKS, Block
 from recsys.bundle import Directory
 from recsys.config import Settings
+from recsys.content import CONTENT, Content
 from recsys.dropout import dropout
 from recsys.embedding import TABLES
 from recsys.errors import BundleError
+from recsys.fusion import Fusion, ItemContent, TextAttention
 from recsys.scoring import SIMILARITIES, place_items, place_users
+from recsys.text import TextSettings
 
 WEIGHTS = "weights.safetensors"
 
@@ -68,9 +71,18 @@ class ModelSettings(Settings):
     """Scores are divided by it."""
     embedding: str = "torch"
     """Backend of the item table: torch or torchrec."""
+    text: str = "none"
+    """How items are described: pooled (their vectors hold text, categories and numbers), cross (states attend to the
+    tokens of their text), both, or none."""
+    text_span: int = 4
+    """Items, from its own backwards, whose tokens a state attends to."""
+    ids: bool = True
+    """Whether items have embeddings of their own; without, their description is all that is known of them."""
+    id_dropout: float = 0.0
+    """Share of the ids of described items that is dropped while training, so that the description alone carries them."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_size", "blocks", "heads", "hidden_size", "length", "span"):
+        for name in ("embedding_size", "blocks", "heads", "hidden_size", "length", "span", "text_span"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name, known in CHOICES.items():
@@ -82,8 +94,11 @@ class ModelSettings(Settings):
             raise ValueError(f"rotary positions need an even width per head, found {self.embedding_size // self.heads}")
         if not 0 <= self.distinct_blocks <= self.blocks:
             raise ValueError(f"distinct_blocks must be from 0 to blocks, found {self.distinct_blocks} and {self.blocks}")
-        if not 0 <= self.dropout <= 0.99:
-            raise ValueError(f"dropout must be from 0 to .99, found {self.dropout}")
+        for name in ("dropout", "id_dropout"):
+            if not 0 <= getattr(self, name) <= 0.99:
+                raise ValueError(f"{name} must be from 0 to .99, found {getattr(self, name)}")
+        if not self.described and (self.id_dropout or not self.ids):
+            raise ValueError(f"without ids, text must be pooled or both, found {self.text!r}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}")
         if self.early_exit and self.blocks < 2:
@@ -95,6 +110,15 @@ class ModelSettings(Settings):
         if self.objective == "masked" and self.length < 2:
             raise ValueError("length must be at least 2 where the last place is the mask's, found 1")
 
+    @property
+    def described(self) -> bool:
+        """Whether item vectors hold descriptions."""
+        return self.text in ("pooled", "both")
+
+    @property
+    def attends_to_text(self) -> bool:
+        return self.text in ("cross", "both")
+
 
 CHOICES = {
     "objective": ("causal", "masked"),
@@ -104,21 +128,31 @@ CHOICES = {
     "time": TIMES,
     "similarity": SIMILARITIES,
     "embedding": tuple(TABLES),
+    "text": ("none", "pooled", "cross", "both"),
 }
 
 
 class SequenceModel(nn.Module):
     """SASRec, BERT4Rec or HSTU, by its settings, over `items` items, whose rows start at FIRST_ITEM.
 
-    Without a generator nothing is random: dropout acts only where one is given. The mask of the masked objective is the
+    `content` describes these items and, behind them, further ones that no event was learnt of; `vocabulary` is how many token
+    states are learnt where it has none. Without a generator nothing is random: dropout acts only where one is given. The mask of the masked objective is the
     row UNKNOWN: an event whose item is not known.
     """
 
-    def __init__(self, settings: ModelSettings, items: int) -> None:
+    def __init__(
+        self, settings: ModelSettings, items: int, content: Content | None = None, vocabulary: int = 0
+    ) -> None:
         super().__init__()
         self.settings, self.items = settings, items
         size = settings.embedding_size
-        self.table = TABLES[settings.embedding](FIRST_ITEM + items, size)
+        self.ids = items if settings.ids else 0
+        self.table = TABLES[settings.embedding](FIRST_ITEM + self.ids, size)
+        if settings.text != "none" and content is None:
+            raise ValueError(f"model.text is {settings.text!r}, and no content of the items is given")
+        self.content = ItemContent(content, vocabulary) if settings.text != "none" and content is not None else None
+        self.fusion = Fusion(settings, self.content) if settings.described and self.content else None
+        self.text_attention = TextAttention(settings, self.content) if settings.attends_to_text and self.content else None
         self.positions = nn.Parameter(torch.empty(settings.length, size)) if settings.positions == "learned" else None
         timed = settings.time in ("gaps", "both")
         self.gaps = nn.Parameter(torch.empty(TIME_BUCKETS + 1, size)) if timed else None
@@ -130,10 +164,13 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> SequenceModel:
-        """Draw all weights anew: matrices normal with deviation .02, norms 1, biases and rows that are not learnt 0."""
+        """Draw all weights anew: matrices normal with deviation .02 (of texts .005: their elements are larger than those of
+        ids), token states with 1, norms 1, biases, gates and rows that are not learnt 0.
+        """
+        deviations = {"content.states_WP": 1.0, "fusion.text.weight": 0.005, "fusion.numbers.weight": 0.005}
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.02, generator=generator)
+                parameter.normal_(0, deviations.get(name, 0.02), generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         self.table.weight[: UNKNOWN if self.settings.objective == "masked" else FIRST_ITEM] = 0
@@ -168,8 +205,8 @@ class SequenceModel(nn.Module):
         """`forward` before the first block and after each, blocks + 1 states; without `early_exit`, after the last alone."""
         x_BTE, view = self._embed(batch, generator, asked, positions, packed)
         states = [x_BTE]
-        for block in self._depth():
-            states.append(block(states[-1], view, generator))
+        for depth, block in enumerate(self._depth()):
+            states.append(self._through(depth, block, states[-1], view, generator))
         return [self._place(x_BTE) for x_BTE in (states if self.settings.early_exit else states[-1:])]
 
     def encode(
@@ -188,7 +225,7 @@ class SequenceModel(nn.Module):
         going_B, last_B = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
         for depth, block in enumerate(self._depth()):
             before_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
-            x_BTE = block(x_BTE, view)
+            x_BTE = self._through(depth, block, x_BTE, view)
             state_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
             if depth >= len(leave):
                 continue
@@ -205,14 +242,31 @@ class SequenceModel(nn.Module):
         """The last events that the model reads of each history."""
         return batch.last(self.settings.length - (self.settings.objective == "masked"))
 
-    def vectors(self, rows: Tensor) -> Tensor:
-        """Placed vectors of item rows; a further axis of width E."""
-        vectors: Tensor = self.table(rows)
-        return place_items(vectors, self.settings.similarity)
+    @property
+    def lines(self) -> int:
+        """Items that have a vector: those that were learnt and, where vectors hold descriptions, all that are described."""
+        return self.content.items if self.fusion is not None and self.content is not None else self.items
 
-    def item_vectors(self) -> Tensor:
-        """Placed vectors of the catalogue, shape items × E; line i belongs to row FIRST_ITEM + i."""
-        return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
+    def reads(self, rows: Tensor) -> Tensor:
+        """Whether the model knows anything of item rows: their id, or a description that it reads; bool, same shape."""
+        learnt = (rows >= FIRST_ITEM) & (rows < FIRST_ITEM + self.ids)
+        return learnt if self.content is None else learnt | self.content.some_R[self.content.known(rows)]
+
+    @property
+    def known_V(self) -> Tensor:
+        """`reads` of the items that have a vector, shape `lines`."""
+        return self.reads(torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.weight.device))
+
+    def vectors(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Placed vectors of item rows; a further axis of width E. With a generator, ids are dropped as in training."""
+        return place_items(self._fused(rows, generator), self.settings.similarity)
+
+    def item_vectors(self, items: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Placed vectors of the first `items` items (default: all `lines`), shape items × E; line i is row FIRST_ITEM + i."""
+        items = self.lines if items is None else items
+        if self.fusion is None:
+            return place_items(self.table.weight[FIRST_ITEM : FIRST_ITEM + items], self.settings.similarity)
+        return self.vectors(torch.arange(FIRST_ITEM, FIRST_ITEM + items, device=self.table.weight.device), generator)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights on the CPU, named as with the plain torch table, so that serving needs no other."""
@@ -224,10 +278,48 @@ class SequenceModel(nn.Module):
         batch, asked = self.asked(batch, now)
         x_BTE, view = self._embed(batch, None, asked, None)
         out: list[Tensor] = []
-        for block in self._depth():
+        for depth, block in enumerate(self._depth()):
             out.append(block.attention_weights(x_BTE, view))
-            x_BTE = block(x_BTE, view)
+            x_BTE = self._through(depth, block, x_BTE, view)
         return out
+
+    def attention_to_text(self, batch: Batch, now: Tensor | None = None) -> Tensor | None:
+        """How each history's last state attends to the tokens of its last items, shape B × heads × items × tokens.
+
+        None where the model does not. Tokens are those of its content; a masked item has none.
+        """
+        if self.text_attention is None or self.content is None:
+            return None
+        batch, asked = self.asked(batch, now)
+        x_BTE, view = self._embed(batch, None, asked, None)
+        last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
+        x_BE = next(self._depth())(x_BTE, view)[last]
+        rows_BT = view.rows_BT.new_zeros(len(batch), self.settings.text_span + view.positions)
+        back_U = torch.arange(1 - self.settings.text_span, 1, device=x_BTE.device)
+        rows_BT[:, self.settings.text_span :] = view.rows_BT
+        rows_BU = rows_BT.gather(1, (last[1][:, None] + self.settings.text_span + back_U))
+        return self.text_attention.weights(x_BE, rows_BU, self.content)
+
+    def _through(
+        self, depth: int, block: Block, x_BTE: Tensor, view: View, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """States after a block; behind the first one they attend to text, so that later blocks read what was found."""
+        x_BTE = block(x_BTE, view, generator)
+        if depth == 0 and self.text_attention is not None and self.content is not None:
+            x_BTE = self.text_attention(x_BTE, view, self.content, generator)
+        return x_BTE
+
+    def _fused(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Id embedding and description of item rows; an id that was not learnt is UNKNOWN's, or 0 where items are described."""
+        learnt = rows < FIRST_ITEM + self.ids
+        vectors: Tensor = self.table(torch.where(learnt, rows, UNKNOWN))
+        if self.fusion is None or self.content is None:
+            return vectors
+        own = self.content.known(rows)
+        if generator is not None and self.settings.id_dropout:
+            kept = torch.rand(rows.shape, generator=generator, device=rows.device) >= self.settings.id_dropout
+            learnt = learnt & (kept | ~self.content.some_R[own])
+        return vectors * learnt[..., None] + self.fusion(own, self.content)
 
     def _depth(self) -> Iterator[Block]:
         for depth in range(self.settings.blocks):
@@ -263,13 +355,12 @@ class SequenceModel(nn.Module):
         line = batch.end_to_end if packed else batch
         rows_BT = line.padded(positions or max(1, int(line.lengths.max())))
         mask_BT = line.mask(rows_BT.shape[1])
-        rows_BT = torch.where(rows_BT < FIRST_ITEM + self.items, rows_BT, UNKNOWN)
         times_BT, asked_BT = (torch.zeros_like(rows_BT).masked_scatter_(mask_BT, times) for times in (batch.times, asked))
         at_T, owners_T = torch.arange(rows_BT.shape[1], device=rows_BT.device), None
         if packed:
             owners_T = torch.full_like(at_T, -1).masked_scatter_(mask_BT[0], batch.owners)
             at_T = at_T - pad(batch.offsets[:-1], (1, 0))[owners_T + 1]
-        x_BTE = self.table(rows_BT) * self.settings.embedding_size**0.5
+        x_BTE = self._fused(rows_BT, generator) * self.settings.embedding_size**0.5
         if self.positions is not None:  # serving pads beyond the longest history
             x_BTE = x_BTE + embedding(at_T.clamp(max=self.settings.length - 1), self.positions)
         if self.gaps is not None:
@@ -278,7 +369,7 @@ class SequenceModel(nn.Module):
         if self.asked_gaps is not None:
             x_BTE = x_BTE + embedding(time_bucket(asked_BT - times_BT), self.asked_gaps)
         mask = None if owners_T is None else next(self._depth()).attention.block_mask(owners_T, at_T)
-        view = View(batch.lengths, at_T, times_BT, asked_BT, owners_T, mask)
+        view = View(batch.lengths, rows_BT, at_T, times_BT, asked_BT, owners_T, mask)
         return dropout(x_BTE, self.settings.dropout, generator), view
 
 
@@ -294,15 +385,18 @@ def _with_mask(batch: Batch, now_B: Tensor) -> Batch:
     return Batch(values, batch.offsets + starts, times)
 
 
-def model_from(directory: Directory, device: str = "cpu") -> SequenceModel:
-    """The trained model of a run's model directory or of a bundle.
+def model_from(directory: Directory, device: str = "cpu", content: Content | None = None) -> SequenceModel:
+    """The trained model of a run's model directory or of a bundle; `content` stands in the place of its own.
 
     Raises BundleError: the weights are not those of the settings in the manifest.
     """
     from safetensors.torch import load_file
 
     settings = replace(ModelSettings(**directory.manifest["recipe"][ModelSettings.section]), embedding="torch")
-    model = SequenceModel(settings, directory.manifest["items"])
+    text = TextSettings(**directory.manifest["recipe"].get(TextSettings.section, {}))
+    if content is None and settings.text != "none":
+        content = Content.load(directory.path / CONTENT)
+    model = SequenceModel(settings, directory.manifest["items"], content, text.vocabulary)
     try:
         model.load_state_dict(load_file(directory.path / WEIGHTS, device=device))
     except RuntimeError as error:

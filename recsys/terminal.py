@@ -56,8 +56,8 @@ def bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[[Observation], None]]:
-    """A bar over each epoch's steps on a terminal; a line for every validation everywhere."""
+def training_progress() -> Iterator[tuple[Callable[[Observation], None], Callable[[int, int], None]]]:
+    """A bar over each epoch's steps on a terminal, a line for every validation everywhere; before, over texts encoded."""
     with _rich_bar("steps") if interactive() else _nothing() as progress:
         task = progress.add_task("training", total=None) if progress else None
 
@@ -73,7 +73,13 @@ def training_progress() -> Iterator[Callable[[Observation], None]]:
                 text = f"epoch {seen.epoch} · loss {seen.loss:.4f}"
                 progress.update(task, completed=seen.step, total=seen.steps, description=text)
 
-        yield observe
+        def read(done: int, of: int) -> None:
+            if progress:
+                progress.update(task, completed=done, total=of, description="texts read")
+            elif done == of or done % 10_000 < 256:
+                _print(f"texts read: {done:,} of {of:,}")
+
+        yield observe, read
 
 
 @contextmanager

@@ -5,6 +5,7 @@ B histories · V items with training events · k places of a list
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch.nn.functional import normalize
+
 from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
+from recsys.content import ContentEncoder, Described
+from recsys.text import TextSettings
 from serving.lists import Lists, best
 
 NEIGHBOURS = 100
@@ -27,17 +32,19 @@ class Baseline(Protocol):
     """Scores items for histories; ties rank by row, that is, by popularity."""
 
     def scores(self, histories: Batch) -> Tensor:
-        """Float32, not negative, shape B × V."""
+        """Float32, shape B × V; -inf for what may not be ranked."""
         ...
 
 
 class Ranked:
     """A baseline as a lister."""
 
+    reads_now = False
+
     def __init__(self, baseline: Baseline) -> None:
         self.baseline = baseline
 
-    def recommend(self, histories: Batch, k: int, *, filter_seen: bool = True) -> Lists:
+    def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
         """The k best items for each history."""
         parts = []
         for start in range(0, len(histories), BATCH):
@@ -92,6 +99,33 @@ BASELINES: dict[str, Callable[[Sequences, int], Ranked]] = {
     "popularity": lambda sequences, items: Ranked(Popularity(sequences, items)),
     "item-kNN": lambda sequences, items: Ranked(ItemKNN(sequences, items)),
 }
+
+
+class MeanText:
+    """The items whose text is nearest to the mean text vector of the history, by cosine; no event is learnt.
+
+    `among_V` are the only items that are ranked.
+    """
+
+    def __init__(self, described: Described, learnt: int, among_V: Tensor) -> None:
+        encoder = ContentEncoder.fit(described.take(learnt), TextSettings())
+        content = encoder.encode(described)
+        kinds_VK = torch.zeros(len(content), 1 + len(encoder.categories)).scatter_(1, content.categories_VC.long(), 1.0)
+        kinds_VK[:, 0] = 0
+        self.vectors_VP = normalize(torch.cat([normalize(content.pooled_VP), normalize(kinds_VK)], 1))
+        self.among_V = among_V
+
+    def among(self, among_V: Tensor) -> MeanText:
+        """The same over other items."""
+        other = copy.copy(self)
+        other.among_V = among_V
+        return other
+
+    def scores(self, histories: Batch) -> Tensor:
+        known_N = histories.values < FIRST_ITEM + len(self.vectors_VP)
+        sums_BP = torch.zeros(len(histories), self.vectors_VP.shape[1])
+        sums_BP.index_add_(0, histories.owners[known_N], self.vectors_VP[histories.values[known_N] - FIRST_ITEM])
+        return (normalize(sums_BP) @ self.vectors_VP.T).masked_fill(~self.among_V, -torch.inf)
 
 
 def _sparse(histories: Batch, weights_N: Tensor, items: int) -> Any:

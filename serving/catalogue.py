@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     import polars as pl
 
     from features.dataset import Dataset
+    from recsys.content import Described
 
 Find = Callable[[int | str], int | None]
 """Turns a word of the user into an item row, or None."""
 ITEMS = "items.parquet"
+REMOVED = "removed"
+"""Column of the items' table of a bundle from which items were taken out: they are read in histories, never recommended."""
 NEAREST_AMONG = 20_000
 """Most popular items among which near titles are looked for, in about .1 s."""
 
@@ -37,6 +40,26 @@ class Catalogue:
         import polars as pl
 
         return pl.read_parquet(self.path, columns=["row", "item_id", "title", "events"])
+
+    @cached_property
+    def table(self) -> pl.DataFrame:
+        """All columns of the items' table, and whether an item was removed."""
+        import polars as pl
+
+        table = pl.read_parquet(self.path)
+        return table if REMOVED in table.columns else table.with_columns(pl.lit(False).alias(REMOVED))
+
+    @property
+    def described(self) -> Described:
+        """What every item's text, categories and numbers are, by row."""
+        from features.dataset import described
+
+        return described(self.table)
+
+    @cached_property
+    def removed(self) -> Tensor:
+        """Whether an item was taken out of what may be recommended; bool."""
+        return torch.tensor(self.table[REMOVED].to_numpy())
 
     def __len__(self) -> int:
         return len(self.items)

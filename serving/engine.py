@@ -71,9 +71,15 @@ class Recommender:
         self.model = model_from(directory, device).eval().requires_grad_(False)
         self.leave = _leave(self.manifest)
         bundle = self.manifest["kind"] == "bundle"
-        vectors_VE = _read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
+        vectors_VE = read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
+        if len(vectors_VE) != self.model.lines:
+            raise BundleError(
+                f"{directory.path}: {len(vectors_VE)} item vectors, the model knows {self.model.lines} items; export it again"
+            )
         self.scan = Scan(vectors_VE)
-        self.popularity = Scan(self.catalogue.events[: self.items, None].to(device))  # for a state of 1, the score is the count
+        self.popularity = Scan(self.catalogue.events[: self.lines, None].to(device))  # for a state of 1, the score is the count
+        live_V = self.model.known_V.cpu() & ~self.catalogue.removed[: self.lines]
+        self.live_V = None if bool(live_V.all()) else live_V
         self.searcher: Searcher = self.scan
         if bundle and not exact:
             settings = IndexSettings(**self.manifest["recipe"][IndexSettings.section])
@@ -118,9 +124,14 @@ class Recommender:
         return self.model.settings.request_time
 
     @property
+    def lines(self) -> int:
+        """Items that have a vector."""
+        return self.model.lines
+
+    @property
     def items(self) -> int:
-        """Items that can be recommended: those with training events."""
-        return self.model.items
+        """Items that can be recommended: something is known of them, and they were not removed."""
+        return self.lines if self.live_V is None else int(self.live_V.sum())
 
     @torch.inference_mode()
     def recommend(
@@ -146,11 +157,11 @@ class Recommender:
             histories = until(histories, now)
         elif self.reads_now:
             raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
-        allowed_V = allowed_lines(self.items, deny, allow)
+        allowed_V = allowed_lines(self.lines, deny, allow, self.live_V)
         few = allowed_V is not None and int(allowed_V.sum()) <= FEW
         states_BE, popular_B = self.encode(histories, now), ~self._known(histories)
         n_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
-        n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.items)
+        n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.lines)
         rows_BK, scores_BK = n_B.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
         for popular, n in sorted(set(zip(popular_B.tolist(), n_B.tolist(), strict=True))):
             scan = self.popularity if popular else self.scan
@@ -229,8 +240,7 @@ class Recommender:
     def _known(self, histories: Batch) -> Tensor:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
         read = self.model.readable(histories)
-        known_N = (read.values >= FIRST_ITEM) & (read.values < FIRST_ITEM + self.items)
-        return torch.bincount(read.owners[known_N], minlength=len(read)) > 0
+        return torch.bincount(read.owners[self.model.reads(read.values)], minlength=len(read)) > 0
 
 
 def _search(
@@ -287,7 +297,8 @@ def _leave(manifest: Mapping[str, Any]) -> list[float]:
     return list(max(curve, key=lambda line: float(line["blocks"]))["leave"])
 
 
-def _read_vectors(path: Path) -> Tensor:
+def read_vectors(path: Path) -> Tensor:
+    """Placed item vectors of a bundle, shape items × E."""
     from safetensors.torch import load_file
 
     return load_file(path / VECTORS)["vectors"]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset
-from recsys.batch import Batch, Sequences, gather
+from features.split import SplitSettings, is_cold
+from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
 from recsys.errors import DataError, RequestError
 from recsys.metrics import MISSED, measure, new_targets
-from serving.baselines import BASELINES
+from serving.baselines import BASELINES, MeanText, Ranked
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.lists import Lister, Lists
@@ -43,6 +44,8 @@ class Report:
     """Users with a history and a target."""
     figures: Mapping[str, Mapping[str, float]]
     """recall@k and ndcg@k by name: model first."""
+    slices: Mapping[str, Mapping[str, Mapping[str, float]]]
+    """Where the split has cold items, the figures by targets: `cold` and `warm` ones in full lists, and `cold among cold`."""
     lists: Lists
     """Of all users with a history and a later event."""
     user_ids: pl.Series
@@ -51,14 +54,16 @@ class Report:
 
     def rows(self) -> list[tuple[str, Mapping[str, float]]]:
         """The figures as lines of a table."""
-        return list(self.figures.items())
+        slices = [(f"{name}: {slice_}", figures) for slice_, by in self.slices.items() for name, figures in by.items()]
+        return [*self.figures.items(), *slices]
 
     def as_dict(self) -> dict[str, Any]:
         """The model's figures beside what was judged, the others' under `baselines`; ready for JSON."""
         others = {name: dict(values) for name, values in self.figures.items() if name != "model"}
         about = {"bundle": self.bundle, "split": self.split, "repeats": self.repeats, "request_time": self.request_time}
         counts = {"users": self.users, "underfilled": self.lists.underfilled, "popular": int(self.lists.popular.sum())}
-        return {**about, **counts, **self.figures["model"], **({"baselines": others} if others else {})}
+        more = {"baselines": others, "slices": {name: dict(by) for name, by in self.slices.items()}}
+        return {**about, **counts, **self.figures["model"], **{name: value for name, value in more.items() if value}}
 
     def frame(self) -> pl.DataFrame:
         """The model's lists: user_id, item_id, rank from 1, score."""
@@ -84,7 +89,8 @@ def evaluate(
     Without `repeats` items of the history are not recommended. A target that the model has no vector for is missed. With
     `baselines` popularity and item-kNN are judged too, and exact search where the bundle's is not. `depth` is how long
     lists are (default and least: the largest k). A model that reads the time of requests is asked at the time of each
-    user's first target. `progress` hears (users done, users in all).
+    user's first target. A data set with cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the
+    cold ones once more among cold items alone, beside the items nearest to the mean text of the history. `progress` hears (users done, users in all).
     Raises DataError: nobody can be judged. RequestError: no such split, or a k below 1.
     """
     if split not in ("validation", "test"):
@@ -98,43 +104,102 @@ def evaluate(
     if baselines:
         if not recommender.searcher.exact:
             listers["model, exact search"] = recommender.with_exact_search()
-        listers |= {name: fit(sequences, recommender.items) for name, fit in BASELINES.items()}
-    figures, judged, own = {}, 0, None
+        learnt = recommender.model.items
+        listers |= {name: fit(sequences.learnable(learnt), learnt) for name, fit in BASELINES.items()}
+    cold = _Cold.of(recommender, dataset)
+    if cold is not None:
+        listers |= cold.listers(recommender, baselines)
+    figures, slices, judged, own = {}, dict[str, dict[str, dict[str, float]]](), 0, None
     for number, (name, lister) in enumerate(listers.items()):
 
         def tell(done: int, number: int = number) -> None:
             progress(number * len(users_U) + done, len(listers) * len(users_U))
 
-        lists, ranks_P, owners_P = _judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
+        lists, ranks_P, owners_P, targets_P = _judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
         if not len(owners_P):
             raise DataError(f"the {split} split has no user with a history and a target; give more events or another [split]")
-        figures[name] = measure(ranks_P, owners_P, len(users_U), tuple(ks))
+        if cold is not None:
+            for slice_, chosen_P in cold.slices(name, targets_P).items():
+                if bool(chosen_P.any()):
+                    part = measure(ranks_P[chosen_P], owners_P[chosen_P], len(users_U), tuple(ks))
+                    slices.setdefault(slice_, {})[name.removesuffix(AMONG)] = part
+        if not name.endswith(AMONG):
+            figures[name] = measure(ranks_P, owners_P, len(users_U), tuple(ks))
         own, judged = own or lists, len(torch.unique(owners_P))
     assert own is not None  # the model is always judged
     user_ids = dataset.user_ids.gather(users_U.numpy())
-    return Report(recommender.id, split, repeats, recommender.reads_now, judged, figures, own, user_ids, recommender.catalogue)
+    return Report(recommender.id, split, repeats, recommender.reads_now, judged, figures, slices, own, user_ids, recommender.catalogue)
+
+
+AMONG = ", among cold items"
+"""Behind the name of a lister that ranks cold items alone."""
+
+
+@dataclass(frozen=True)
+class _Cold:
+    """The items of a catalogue that a data set keeps cold."""
+
+    cold_V: Tensor
+
+    @classmethod
+    def of(cls, recommender: Recommender, dataset: Dataset) -> _Cold | None:
+        """None where the data set keeps none cold."""
+        settings = SplitSettings(**dataset.manifest["settings"][SplitSettings.section])
+        cold_V = torch.tensor(is_cold(recommender.catalogue.items["item_id"], settings).to_numpy())
+        return cls(cold_V) if bool(cold_V.any()) else None
+
+    def listers(self, recommender: Recommender, baselines: bool) -> dict[str, Lister]:
+        """What ranks cold items alone and, with `baselines`, what ranks by text."""
+        among: dict[str, Lister] = {"model" + AMONG: _Among(recommender, self.cold_V)}
+        if not baselines:
+            return among
+        described, learnt = recommender.catalogue.described, recommender.model.items
+        text = MeanText(described, learnt, torch.ones_like(self.cold_V))
+        return {**among, "mean text": Ranked(text), "mean text" + AMONG: Ranked(text.among(self.cold_V))}
+
+    def slices(self, lister: str, targets_P: Tensor) -> dict[str, Tensor]:
+        """Which targets each slice of a lister's figures has."""
+        known_P = targets_P < FIRST_ITEM + len(self.cold_V)
+        cold_P = known_P & self.cold_V[(targets_P - FIRST_ITEM).clamp(max=len(self.cold_V) - 1)]
+        if lister.endswith(AMONG):
+            return {"cold among cold": cold_P}
+        return {"warm": ~cold_P, "cold": cold_P}
+
+
+@dataclass(frozen=True)
+class _Among:
+    """A recommender that may name some items alone."""
+
+    recommender: Recommender
+    among_V: Tensor
+
+    @property
+    def reads_now(self) -> bool:
+        return self.recommender.reads_now
+
+    def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
+        rows = (self.among_V.nonzero().flatten() + FIRST_ITEM).tolist()
+        return self.recommender.recommend(histories, k, now, filter_seen, allow=rows)
 
 
 def _judge(
     lister: Lister, sequences: Sequences, split: str, users_U: Tensor, depth: int, repeats: bool, tell: Callable[[int], None]
-) -> tuple[Lists, Tensor, Tensor]:
-    """The lists of all users, and the rank and owner (place in `users_U`) of every target."""
+) -> tuple[Lists, Tensor, Tensor, Tensor]:
+    """The lists of all users, and rank, owner (place in `users_U`) and item row of every target."""
     begins_U, ends_U, targets_U = sequences.windows(split)
-    parts, ranks, owners = [], [], []
+    parts, ranks, owners, targets = [], [], [], []
     for start in range(0, len(users_U), USERS):
         users_B = users_U[start : start + USERS]
         history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
         future = gather(sequences.items, sequences.times, ends_U[users_B], targets_U[users_B])
-        if isinstance(lister, Recommender) and lister.reads_now:
-            asked_B = future.times[future.offsets[:-1]]
-            lists = lister.recommend(history, depth, asked_B, filter_seen=not repeats)
-        else:
-            lists = lister.recommend(history, depth, filter_seen=not repeats)
+        asked_B = future.times[future.offsets[:-1]] if lister.reads_now else None
+        lists = lister.recommend(history, depth, asked_B, filter_seen=not repeats)
         owners_P, targets_P = new_targets(Batch.of([[]] * len(history)) if repeats else history, future)
         hits_PK = lists.rows[owners_P] == targets_P[:, None]
         ranks.append(torch.where(hits_PK.any(1), hits_PK.byte().argmax(1) + 1, MISSED))
         owners.append(owners_P + start)
+        targets.append(targets_P)
         parts.append(lists)
         tell(start + len(users_B))
     empty = torch.zeros(0, dtype=torch.int64)
-    return Lists.joined(parts, depth), torch.cat([empty, *ranks]), torch.cat([empty, *owners])
+    return Lists.joined(parts, depth), *(torch.cat([empty, *found]) for found in (ranks, owners, targets))

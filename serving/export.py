@@ -17,6 +17,7 @@ from torch import Tensor
 from features.dataset import Dataset
 from recsys import __version__
 from recsys.batch import gather
+from recsys.content import CONTENT, ENCODER
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
@@ -74,6 +75,7 @@ def export(
         VECTORS: lambda path: save_file({"vectors": vectors_VE}, path),
         INDEX: index.write,
     }
+    writers |= {file: partial(shutil.copyfile, source / file) for file in (CONTENT, ENCODER) if file in model["files"]}
     return publish(out, writers, manifest).manifest
 
 

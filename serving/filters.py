@@ -13,19 +13,22 @@ from torch import Tensor
 from recsys.batch import FIRST_ITEM, Batch
 
 
-def allowed_lines(items: int, deny: Iterable[int] = (), allow: Iterable[int] | None = None) -> Tensor | None:
-    """Bool of shape V, True where an item may be recommended; None where neither list restricts anything.
+def allowed_lines(
+    items: int, deny: Iterable[int] = (), allow: Iterable[int] | None = None, live_V: Tensor | None = None
+) -> Tensor | None:
+    """Bool of shape V, True where an item may be recommended; None where nothing is restricted.
 
-    Both lists name item rows; a row on both is denied; an empty allow list allows nothing.
+    Both lists name item rows; a row on both is denied; an empty allow list allows nothing. `live_V` are the items that any
+    request may have (None: all).
     """
     denied = _lines(items, deny)
     if allow is None and not len(denied):
-        return None
+        return live_V
     allowed_V = torch.full((items,), allow is None)
     if allow is not None:
         allowed_V[_lines(items, allow)] = True
     allowed_V[denied] = False
-    return allowed_V
+    return allowed_V if live_V is None else allowed_V & live_V
 
 
 def _lines(items: int, rows: Iterable[int]) -> Tensor:

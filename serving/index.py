@@ -6,7 +6,8 @@ B queries · E width · n candidates · V items, whose lines count from 0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -113,15 +114,11 @@ class Index:
         items, width = vectors_VE.shape
         kind = settings.chosen(items)
         index = faiss.index_factory(width, INDEXES[kind](items), faiss.METRIC_INNER_PRODUCT)
-        before = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1 if kind == "hnsw" else threads or before)  # several threads give another graph each time
-        try:
-            vectors = vectors_VE.float().contiguous().numpy()
-            index.train(vectors)
-            index.add(vectors)
-        finally:
-            faiss.omp_set_num_threads(before)
-        return cls(index, kind, settings, threads)
+        built = cls(index, kind, settings, threads)
+        with built._many_threads():
+            index.train(vectors_VE.float().contiguous().numpy())
+        built.append(vectors_VE)
+        return built
 
     @classmethod
     def load(cls, path: Path, kind: str, settings: IndexSettings, shape: tuple[int, int], threads: int | None = None) -> Index:
@@ -146,6 +143,31 @@ class Index:
             found = (index.ntotal, index.d)
             raise BundleError(f"{path}: items and width are {found}, the model's {shape}; export the bundle again")
         return cls(index, kind, settings, threads)
+
+    def append(self, vectors_VE: Tensor) -> None:
+        """Add items behind the last; nothing is trained again."""
+        self._fill(vectors_VE)
+
+    def refill(self, vectors_VE: Tensor) -> None:
+        """Hold these items in the place of all others; nothing is trained again."""
+        self._index.reset()
+        self._fill(vectors_VE)
+
+    def _fill(self, vectors_VE: Tensor) -> None:
+        with self._many_threads():
+            self._index.add(vectors_VE.float().contiguous().numpy())
+        self._gpu = None if self.kind == "hnsw" else _on_gpu(self._index)
+
+    @contextmanager
+    def _many_threads(self) -> Iterator[None]:
+        """Work on all threads meanwhile; on one for hnsw, of which several make another graph each time."""
+        faiss = _faiss()
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1 if self.kind == "hnsw" else self.threads or before)
+        try:
+            yield
+        finally:
+            faiss.omp_set_num_threads(before)
 
     def write(self, path: Path) -> None:
         _faiss().write_index(self._index, str(path))

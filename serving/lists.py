@@ -48,7 +48,12 @@ class Lists:
 class Lister(Protocol):
     """Whatever names k items for each history: the served model, or a baseline."""
 
-    def recommend(self, histories: Batch, k: int, *, filter_seen: bool = True) -> Lists: ...
+    @property
+    def reads_now(self) -> bool:
+        """Whether it reads when it is asked."""
+        ...
+
+    def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists: ...
 
 
 def best(rows_BC: Tensor, scores_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,10 @@ import torch
 from recsys.batch import Sequences
 from recsys.bundle import write_file
 from recsys.config import Settings
+from recsys.content import Content
 from recsys.errors import DataError, RecipeError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
+from recsys.text import TextSettings
 from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
 from training.losses import LOSSES, LossSettings, Seen
 from training.optimizer import Optimizer, OptimizerSettings
@@ -162,7 +164,9 @@ def fit(
     settings: TrainSettings,
     loss_settings: LossSettings,
     optimizer_settings: OptimizerSettings,
+    text_settings: TextSettings | None = None,
     *,
+    content: Content | None = None,
     device: torch.device | None = None,
     checkpoint: Path | None = None,
     key: str = "",
@@ -173,7 +177,7 @@ def fit(
 
     Where nobody can be judged by validation, all epochs are done and the last weights are the best.
 
-    `items` is the count of items with training events. Where `checkpoint` exists, training goes on from it and ends with
+    `items` is the count of items with training events, `content` what is known of all items, where model.text reads it. Where `checkpoint` exists, training goes on from it and ends with
     the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
     """
     device = device or torch.device("cpu")
@@ -181,10 +185,13 @@ def fit(
     keep_memory()
     if settings.packed:
         torch._dynamo.reset()  # what other settings compiled counts against the recompilations allowed
-    model = SequenceModel(model_settings, items).initialise(torch.Generator().manual_seed(settings.seed)).to(device)
+    vocabulary = (text_settings or TextSettings()).vocabulary
+    model = SequenceModel(model_settings, items, content, vocabulary)
+    model = model.initialise(torch.Generator().manual_seed(settings.seed)).to(device)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
     state = State(model, Optimizer(model, optimizer_settings), generator)
-    counts_V = sequences.training_counts(items).to(device)
+    learnable = sequences.learnable(items)
+    counts_V = learnable.training_counts(items).to(device)
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
     saved_at = time.monotonic()
@@ -197,7 +204,7 @@ def fit(
 
     while state.epoch < settings.epochs and state.since_best < settings.patience:
         batches = EpochBatches(
-            sequences,
+            learnable,
             model_settings.length,
             settings.batch_tokens,
             settings.seed,

@@ -91,7 +91,7 @@ def softmax(
 ) -> Tensor:
     """Cross-entropy of each target over the whole catalogue."""
     everything_S = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
-    positives_NE, items_SE = model.vectors(targets_N), model.item_vectors()
+    positives_NE, items_SE = model.vectors(targets_N, generator), model.item_vectors(model.items, generator)
     odds_S = states_NE.new_ones(model.items)
     return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, odds_S, seen, _cross_entropy)
 
@@ -113,7 +113,7 @@ def sampled_softmax(
     draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
     log_inclusion_S = draw.log_inclusion_S.to(states_NE.dtype)
     odds_S = torch.exp(-log_inclusion_S) if settings.logq else torch.ones_like(log_inclusion_S)
-    return _sampled(model, states_NE, targets_N, draw, odds_S, seen, _cross_entropy)
+    return _sampled(model, states_NE, targets_N, draw, odds_S, generator, seen, _cross_entropy)
 
 
 def gbce(
@@ -133,7 +133,7 @@ def gbce(
     share = min(1.0, len(draw.rows_S) / max(1, model.items - 1))
     beta = 1 - settings.calibration * (1 - share)
     odds_S = states_NE.new_ones(len(draw.rows_S))
-    return _sampled(model, states_NE, targets_N, draw, odds_S, seen, partial(_binary, beta=beta))
+    return _sampled(model, states_NE, targets_N, draw, odds_S, generator, seen, partial(_binary, beta=beta))
 
 
 def bce(
@@ -179,11 +179,12 @@ def _sampled(
     targets_N: Tensor,
     draw: Draw,
     odds_S: Tensor,
+    generator: torch.Generator,
     seen: Seen | None,
     judge: Judge,
 ) -> Tensor:
     """One look-up of positives and negatives: its gradient is as large as the table, and two would be twice."""
-    vectors_ME = model.vectors(torch.cat([targets_N, draw.rows_S]))
+    vectors_ME = model.vectors(torch.cat([targets_N, draw.rows_S]), generator)
     positives_NE, candidates_SE = vectors_ME.tensor_split([len(targets_N)])
     return _mean(states_NE, positives_NE, candidates_SE, targets_N, draw.rows_S, odds_S, seen, judge)
 

@@ -23,17 +23,17 @@ class OptimizerSettings(Settings):
     section: ClassVar[str] = "optimizer"
 
     kind: str = "adamw"
-    """adamw for all weights, or muon for the matrices of blocks with adamw for the rest."""
+    """adamw for all weights, or muon for all matrices but tables with adamw for the rest."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW, per step."""
     embedding_learning_rate: float = 0.0
-    """Peak rate of the item table; 0: learning_rate."""
+    """Peak rate of the tables of items, categories and learnt tokens; 0: learning_rate."""
     muon_learning_rate: float = 0.02
     """Peak rate of Muon, per step; read by muon."""
     warmup_steps: int = 100
     """Steps over which rates rise from 0."""
     weight_decay: float = 0.01
-    """Decay of the blocks' matrices, per unit of rate."""
+    """Decay of matrices that are no tables, per unit of rate."""
     ema: float = 0.0
     """Decay per step of the moving average of the weights, which is validated and published; 0: the weights themselves."""
 
@@ -53,16 +53,16 @@ class OptimizerSettings(Settings):
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused, and where asked Muon (Jordan et al. 2024) and an average of the weights.
 
-    The blocks' matrices decay; the item table, bias tables, positions, norms and biases do not.
+    Matrices decay; tables, biases of attention, positions, norms and biases do not.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
         self.settings, self.model = settings, model
         table, matrices, rest = [], [], []
         for name, parameter in model.named_parameters():
-            if name.startswith("table."):
+            if name.startswith(("table.", "content.", "fusion.category_table")):
                 table.append(parameter)
-            elif name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2:
+            elif name.startswith(("blocks.", "fusion.", "text_attention.")) and name.endswith(".weight") and parameter.ndim == 2:
                 matrices.append(parameter)
             else:
                 rest.append(parameter)

@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from features.dataset import Dataset
+from features.download import cache_folder
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, write_file
 from recsys.config import Settings
+from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import RecipeError, RecsysError
 from recsys.model import WEIGHTS, ModelSettings
+from recsys.text import Progress, TextSettings
 from recsys.tracking import Tracking
 from training.loop import Observation, State, TrainSettings, fit
 from training.losses import LossSettings
@@ -44,10 +47,11 @@ def train(
     device: torch.device,
     tracking: Tracking,
     observe: Callable[[Observation], None] = lambda observation: None,
+    progress: Progress | None = None,
 ) -> Directory:
     """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
 
-    A finished run is opened, not trained again. Raises RecsysError: `out` holds a run of another recipe or data set.
+    A finished run is opened, not trained again. `progress` hears of the items' text that is encoded. Raises RecsysError: `out` holds a run of another recipe or data set.
     """
     digest = dataset.manifest["hash"]
     key = run_key(recipe, digest)
@@ -60,6 +64,9 @@ def train(
         tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
         write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "tracking": tracking.address}, indent=1).encode())
         started = time.monotonic()
+        encoder, content = None, None
+        if recipe[ModelSettings.section]["text"] != "none":
+            encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress)
 
         def watch(observation: Observation) -> None:
             if observation.validation is not None:
@@ -79,17 +86,28 @@ def train(
             TrainSettings(**recipe[TrainSettings.section]),
             LossSettings(**recipe[LossSettings.section]),
             OptimizerSettings(**recipe[OptimizerSettings.section]),
+            TextSettings(**recipe[TextSettings.section]),
+            content=content,
             device=device,
             checkpoint=out / CHECKPOINT,
             key=f"{key} on {device.type}",
             observe=watch,
         )
         write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in state.curve).encode())
-        model = _publish(out, state, dataset, recipe, name, tracking, time.monotonic() - started)
+        model = _publish(out, state, dataset, recipe, name, tracking, time.monotonic() - started, encoder, content)
         for file in (out / CURVE, out / MODEL / MANIFEST):
             tracking.file(file)
     (out / CHECKPOINT).unlink()
     return model
+
+
+def read_content(
+    dataset: Dataset, settings: TextSettings, progress: Progress | None = None
+) -> tuple[ContentEncoder, Content]:
+    """The encoder, fitted on the items with training events, and what it makes of all items."""
+    described, cache = dataset.described, cache_folder() / "text.sqlite"
+    encoder = ContentEncoder.fit(described.take(dataset.manifest["warm_items"]), settings, cache, progress)
+    return encoder, encoder.encode(described, cache, progress)
 
 
 def run_key(recipe: Recipe, digest: str) -> str:
@@ -98,7 +116,13 @@ def run_key(recipe: Recipe, digest: str) -> str:
     return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
 
 
-DECISIVE: tuple[type[Settings], ...] = (ModelSettings, TrainSettings, LossSettings, OptimizerSettings)
+DECISIVE: tuple[type[Settings], ...] = (
+    ModelSettings,
+    TrainSettings,
+    LossSettings,
+    OptimizerSettings,
+    TextSettings,
+)
 """What `fit` takes, in its order."""
 
 
@@ -124,7 +148,15 @@ def _begun(out: Path, key: str, tracking: Tracking) -> bool:
 
 
 def _publish(
-    out: Path, state: State, dataset: Dataset, recipe: Recipe, name: str, tracking: Tracking, seconds: float
+    out: Path,
+    state: State,
+    dataset: Dataset,
+    recipe: Recipe,
+    name: str,
+    tracking: Tracking,
+    seconds: float,
+    encoder: ContentEncoder | None,
+    content: Content | None,
 ) -> Directory:
     best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
     manifest = {
@@ -147,4 +179,7 @@ def _publish(
         WEIGHTS: lambda path: save_file(state.model.weights(), path),
         ITEMS: partial(shutil.copyfile, dataset.path / ITEMS),
     }
+    if encoder is not None and content is not None:
+        manifest["items_without_text"] = int((content.tokens_VL == 0).all(1).sum())
+        writers |= {CONTENT: content.save, ENCODER: encoder.save}
     return publish(out / MODEL, writers, manifest)

@@ -33,18 +33,19 @@ def validate(
 ) -> dict[str, float]:
     """Recall and NDCG at 10 and 50, over the users who have a history and a target that is new to them.
 
-    Items of the history are not ranked; a target without training events cannot be found and counts as missed. Empty where
+    Items of the history are not ranked; a target that the model knows nothing of cannot be found and counts as missed. Empty where
     there is no such user. `encode` turns histories and request times into states (default: `model.encode`). The request
     of a user is made when their first target happens; only a model with `request_time` reads it.
     """
-    vectors_VE = model.item_vectors()
+    vectors_VE, known_V = model.item_vectors(), model.known_V
     ranks, owners, users = [], [], 0
     for history, future in _histories(model, sequences, split):
         states_BE = (encode or model.encode)(history, future.times[future.offsets[:-1]])
-        scores_BV = pad(states_BE @ vectors_VE.T, (0, 1), value=-torch.inf)  # last column: without training events
+        scores_BV = pad(states_BE @ vectors_VE.T, (0, 1), value=-torch.inf)  # last column: what has no vector
+        scores_BV[:, :-1].masked_fill_(~known_V, -torch.inf)
         owners_P, targets_P = new_targets(history, future)
-        scores_BV[history.owners, (history.values - FIRST_ITEM).clamp(max=model.items)] = -torch.inf
-        ranks.append(target_ranks(scores_BV, owners_P, (targets_P - FIRST_ITEM).clamp(max=model.items)))
+        scores_BV[history.owners, (history.values - FIRST_ITEM).clamp(max=model.lines)] = -torch.inf
+        ranks.append(target_ranks(scores_BV, owners_P, (targets_P - FIRST_ITEM).clamp(max=model.lines)))
         owners.append(owners_P + users)
         users += len(history)
     if not sum(map(len, owners)):
@@ -86,7 +87,7 @@ def _histories(model: SequenceModel, sequences: Sequences, split: str) -> Iterat
     users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
     users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
     lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
-    lengths_U = lengths_U.clamp(min=TOKENS * model.items // SCORES)  # so that users × items stays within SCORES
+    lengths_U = lengths_U.clamp(min=TOKENS * model.lines // SCORES)  # so that users × items stays within SCORES
     device = model.table.weight.device
     for start, end in group_by_length(lengths_U, TOKENS):
         users_B = users_U[start:end]

@@ -1,0 +1,169 @@
+"""Items added to a bundle, described anew or taken out, without training: a new version of the bundle, published at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from safetensors.torch import save_file
+
+from features.dataset import LISTED, described, write_parquet
+from features.download import cache_folder
+from features.items import describe, read_table
+from features.schema import DataSettings, Tally
+from recsys import __version__
+from recsys.batch import FIRST_ITEM
+from recsys.bundle import Directory, Writer, locked, open_directory, publish
+from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
+from recsys.errors import BundleError, DataError, RequestError
+from recsys.model import model_from
+from serving.catalogue import ITEMS, REMOVED, Catalogue
+from serving.engine import VECTORS, read_vectors
+from serving.index import INDEX, Index, IndexSettings
+
+Progress = Callable[[int, int], None]
+
+
+def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Add items, by the columns of the table that the model learnt from; an item that was removed comes back.
+
+    Writes `out`, or `bundle` anew, whole or not at all; what has loaded the old one serves on. Returns the new manifest.
+    Raises DataError: a bad or repeated row, a missing column, an item that is there already. BundleError: the model reads no
+    descriptions.
+    """
+    return _change(bundle, out, items, _placed_behind, "added", progress)
+
+
+def update(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Describe items anew. As `add`, but that an item which is not there is the error."""
+    return _change(bundle, out, items, _placed_among, "updated", progress)
+
+
+def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None) -> dict[str, Any]:
+    """Take items out of all lists; in histories they are still read. As `add`.
+
+    Raises RequestError: no such item, or none would be left.
+    """
+    with locked(bundle):
+        directory = _open(bundle)
+        catalogue = Catalogue(directory.path / ITEMS)
+        rows = catalogue.rows(item_ids, catalogue.by_id)
+        gone = pl.int_range(pl.len()).is_in([row - FIRST_ITEM for row in rows if row is not None])
+        table = catalogue.table.with_columns((pl.col(REMOVED) | gone).alias(REMOVED))
+        if bool(table[REMOVED].all()):
+            raise RequestError(f"{bundle}: no item would be left; leave some in")
+        return _publish(directory, out or bundle, table, {}, {"removed": len(rows)})
+
+
+def _change(
+    bundle: Path,
+    out: Path | None,
+    raw: pl.LazyFrame,
+    place: Callable[[Catalogue, pl.DataFrame], list[int]],
+    verb: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    with locked(bundle):
+        directory = _open(bundle)
+        catalogue = Catalogue(directory.path / ITEMS)
+        old = Content.load(directory.path / CONTENT) if CONTENT in directory.manifest["files"] else None
+        if old is None or not model_from(directory, content=old).settings.described:
+            raise BundleError(f"{bundle}: its model reads no descriptions of items; train it with model.text=pooled or both")
+        items = _read(raw, catalogue, directory)
+        lines = place(catalogue, items)
+        encoder = ContentEncoder.load(directory.path / ENCODER)
+        new = encoder.encode(described(items), cache_folder() / "text.sqlite", progress)
+        content = old.with_lines(lines, new, encoder.text.contextual)
+        model = model_from(directory, content=content).eval()
+        places = torch.tensor(lines, dtype=torch.int64)
+        before_VE = read_vectors(directory.path)
+        with torch.inference_mode():
+            changed_NE = model.vectors(places + FIRST_ITEM)
+        vectors_VE = torch.cat([before_VE, before_VE.new_zeros(len(content) - len(before_VE), before_VE.shape[1])])
+        vectors_VE[places] = changed_NE
+        settings = IndexSettings(**directory.manifest["recipe"][IndexSettings.section])
+        shape = (len(before_VE), before_VE.shape[1])
+        index = Index.load(directory.path / INDEX, directory.manifest["index"]["kind"], settings, shape)
+        if len(places) and bool((places < len(before_VE)).any()):
+            index.refill(vectors_VE)
+        else:
+            index.append(vectors_VE[len(before_VE) :])
+        writers: dict[str, Writer] = {
+            CONTENT: content.save,
+            VECTORS: lambda path: save_file({"vectors": vectors_VE.contiguous()}, path),
+            INDEX: index.write,
+        }
+        known = new.some_V | (places < model.ids)
+        counts = {verb: len(items), "unknown": int((~known).sum())}
+        return _publish(directory, out or bundle, _joined(catalogue.table, items, lines), writers, counts)
+
+
+def _open(bundle: Path) -> Directory:
+    directory = open_directory(bundle)
+    if directory.manifest.get("kind") != "bundle":
+        raise BundleError(f"{bundle}: holds a {directory.manifest.get('kind')}, not a bundle; export it first")
+    return directory
+
+
+def _read(raw: pl.LazyFrame, catalogue: Catalogue, directory: Directory) -> pl.DataFrame:
+    """The items' ids and descriptions; every bad or repeated row is an error."""
+    where, dtype = "items", catalogue.table["item_id"].dtype
+    settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
+    rows, _ = read_table(raw, "item_id", dtype, Tally("items", strict=True), where)
+    if settings.source == "files" and settings.title in rows.columns:
+        rows = rows.with_columns(title=pl.col(settings.title))
+    if not len(rows):
+        raise DataError(f"{where}: the table has no rows; give at least one item")
+    return describe(rows, settings, where)
+
+
+def _placed_behind(catalogue: Catalogue, items: pl.DataFrame) -> list[int]:
+    """A line for each new item: its own if it was removed, else behind the last."""
+    lines, end = [], len(catalogue)
+    for item_id in items["item_id"].to_list():
+        row = catalogue.by_id(item_id)
+        if row is not None and not catalogue.removed[row - FIRST_ITEM]:
+            raise DataError(f"items: {item_id!r} is in the bundle already; leave it out, or update it")
+        lines.append(end if row is None else row - FIRST_ITEM)
+        end += row is None
+    return lines
+
+
+def _placed_among(catalogue: Catalogue, items: pl.DataFrame) -> list[int]:
+    rows = [(item_id, catalogue.by_id(item_id)) for item_id in items["item_id"].to_list()]
+    for item_id, row in rows:
+        if row is None:
+            raise DataError(f"items: {item_id!r} is not in the bundle; leave it out, or add it")
+    return [row - FIRST_ITEM for _, row in rows if row is not None]
+
+
+def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int]) -> pl.DataFrame:
+    """The items' table with new lines and lines described anew; they are live."""
+    rows = items.with_columns(
+        pl.Series("row", lines, pl.Int32) + FIRST_ITEM, pl.lit(0, pl.Int64).alias("events"), pl.lit(False).alias(REMOVED)
+    )
+    new, again = (rows.filter(part) for part in (pl.col("row") >= len(table) + FIRST_ITEM, pl.col("row") < len(table) + FIRST_ITEM))
+    kept = table.update(again.select("row", *LISTED[1:], REMOVED), on="row", how="left") if len(again) else table
+    return pl.concat([kept, new.select(table.columns).cast(table.schema)]).sort("row")
+
+
+def _publish(
+    directory: Directory, out: Path, table: pl.DataFrame, writers: dict[str, Writer], counts: dict[str, int]
+) -> dict[str, Any]:
+    old = directory.manifest
+    kept = {file: partial(shutil.copyfile, directory.path / file) for file in old["files"]}
+    items: dict[str, Writer] = {ITEMS: lambda path: write_parquet([table], table.schema, path)}
+    manifest = {
+        **{key: value for key, value in old.items() if key not in ("format", "files", "hash", "id")},
+        "version": __version__,
+        "before": old["id"],
+        "changes": counts,
+        "clock": {**old["clock"], "created": datetime.now(UTC).isoformat(timespec="seconds")},
+    }
+    return publish(out, {**kept, **items, **writers}, manifest).manifest
