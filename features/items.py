@@ -114,11 +114,12 @@ def _numbers(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Expr
     parts = []
     for name in settings.number_columns:
         column = items[name]
+        column = column.arr.to_list() if isinstance(column.dtype, pl.Array) else column
         widths = column.list.len().drop_nulls().unique().to_list() if isinstance(column.dtype, pl.List) else [1]
-        if isinstance(column.dtype, pl.Array):
-            column, widths = column.arr.to_list(), [column.dtype.size]
         if len(widths) > 1:
-            raise DataError(f"{where}: lists of column {name!r} hold {min(widths)} to {max(widths)} numbers; give always as many")
+            raise DataError(
+                f"{where}: lists of column {name!r} hold {min(widths)} to {max(widths)} numbers; give always as many"
+            )
         width = widths[0] if widths else 0
         if column.dtype in TEXTS:  # of a file without types
             column = column.cast(pl.String).str.strip_chars().replace("", None)

@@ -246,7 +246,9 @@ items_app = typer.Typer(
 )
 app.add_typer(items_app, name="items")
 ItemsFile = Annotated[Path, typer.Option("--items", help="Table of items with the columns that the model learnt from.")]
-NewBundle = Annotated[Path | None, typer.Option("--out", help="Directory of the new bundle; without it the old one is replaced.")]
+NewBundle = Annotated[
+    Path | None, typer.Option("--out", help="Directory of the new bundle; without it the old one is replaced.")
+]
 Register = Annotated[bool, typer.Option(help="Register the new bundle in MLflow as champion.")]
 
 
@@ -355,10 +357,14 @@ def explain(
     shares = attention(Recommender.load(bundle), history, times or None, now)
     if picture is not None:
         draw(shares, picture)
+    records = shares.records()
     if json:
-        typer.echo(json_module.dumps(shares.records()))
-    else:
-        records_table(shares.records())
+        typer.echo(json_module.dumps(records))
+        return
+    for record in records:
+        if "words" in record:
+            record["words"] = " · ".join(f"{word} {share:.2f}" for word, share in list(record["words"].items())[:5])
+    records_table(records)
 
 
 @app.command()

@@ -59,7 +59,9 @@ class View:
 
     def take(self, chosen_B: Tensor) -> View:
         """The view of some of the padded histories, by a mask or by lines."""
-        return View(self.lengths_B[chosen_B], self.rows_BT[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B])
+        return View(
+            self.lengths_B[chosen_B], self.rows_BT[chosen_B], self.at_T, self.times_BT[chosen_B], self.asked_BT[chosen_B]
+        )
 
 
 def time_bucket(seconds: Tensor) -> Tensor:

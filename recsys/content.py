@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recsys.errors import BundleError
-from recsys.text import ENCODERS, Encoded, Progress, Pretrained, TextEncoder, TextSettings
+from recsys.errors import BundleError, DataError
+from recsys.text import ENCODERS, Encoded, Pretrained, Progress, TextEncoder, TextSettings
 
 CONTENT = "content.safetensors"
 ENCODER = "encoder.safetensors"
@@ -130,7 +130,15 @@ class ContentEncoder:
         return cls(settings, text, categories, mean_M.float(), torch.where(deviation_M > 0, deviation_M, 1.0).float())
 
     def encode(self, described: Described, cache: Path | None = None, progress: Progress | None = None) -> Content:
-        """The items' content; the same item gives the same lines in any company."""
+        """The items' content; the same item gives the same lines in any company.
+
+        Raises DataError: an item has another count of numbers than those that were learnt.
+        """
+        for numbers in described.numbers:
+            if len(numbers) not in (0, len(self.mean_M)):
+                raise DataError(
+                    f"items have {len(numbers)} numbers, the model learnt {len(self.mean_M)}; give the same columns"
+                )
         distinct = list(dict.fromkeys(described.texts))
         encoded: Encoded = self.text.encode(distinct, cache, progress)
         places = {text: place for place, text in enumerate(distinct)}
@@ -155,7 +163,9 @@ class ContentEncoder:
         about = {"settings": self.settings.as_dict(), "categories": self.categories, "text": plain}
         named = {f"text.{name}": value.contiguous() for name, value in tensors.items()}
         save_file(
-            {**named, "mean": self.mean_M, "deviation": self.deviation_M}, path, {"about": json.dumps(about, ensure_ascii=False)}
+            {**named, "mean": self.mean_M, "deviation": self.deviation_M},
+            path,
+            {"about": json.dumps(about, ensure_ascii=False)},
         )
 
     @staticmethod
@@ -177,5 +187,7 @@ class ContentEncoder:
 def _numbers(rows: Sequence[Sequence[float | None]], width: int | None = None) -> Tensor:
     """V × M, NaN where one is missing."""
     width = max(map(len, rows), default=0) if width is None else width
+    if any(len(row) not in (0, width) for row in rows):
+        raise DataError(f"items have different counts of numbers, {width} at most; give the same number_columns in all tables")
     filled = [[torch.nan if value is None else value for value in row] or [torch.nan] * width for row in rows]
     return torch.tensor(filled, dtype=torch.float32).reshape(len(rows), width)

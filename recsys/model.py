@@ -136,13 +136,11 @@ class SequenceModel(nn.Module):
     """SASRec, BERT4Rec or HSTU, by its settings, over `items` items, whose rows start at FIRST_ITEM.
 
     `content` describes these items and, behind them, further ones that no event was learnt of; `vocabulary` is how many token
-    states are learnt where it has none. Without a generator nothing is random: dropout acts only where one is given. The mask of the masked objective is the
-    row UNKNOWN: an event whose item is not known.
+    states are learnt where it has none. Without a generator nothing is random: dropout acts only where one is given. The
+    mask of the masked objective is the row UNKNOWN: an event whose item is not known.
     """
 
-    def __init__(
-        self, settings: ModelSettings, items: int, content: Content | None = None, vocabulary: int = 0
-    ) -> None:
+    def __init__(self, settings: ModelSettings, items: int, content: Content | None = None, vocabulary: int = 0) -> None:
         super().__init__()
         self.settings, self.items = settings, items
         size = settings.embedding_size
@@ -300,9 +298,7 @@ class SequenceModel(nn.Module):
         rows_BU = rows_BT.gather(1, (last[1][:, None] + self.settings.text_span + back_U))
         return self.text_attention.weights(x_BE, rows_BU, self.content)
 
-    def _through(
-        self, depth: int, block: Block, x_BTE: Tensor, view: View, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def _through(self, depth: int, block: Block, x_BTE: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
         """States after a block; behind the first one they attend to text, so that later blocks read what was found."""
         x_BTE = block(x_BTE, view, generator)
         if depth == 0 and self.text_attention is not None and self.content is not None:
@@ -319,7 +315,8 @@ class SequenceModel(nn.Module):
         if generator is not None and self.settings.id_dropout:
             kept = torch.rand(rows.shape, generator=generator, device=rows.device) >= self.settings.id_dropout
             learnt = learnt & (kept | ~self.content.some_R[own])
-        return vectors * learnt[..., None] + self.fusion(own, self.content)
+        fused: Tensor = vectors * learnt[..., None] + self.fusion(own, self.content)
+        return fused
 
     def _depth(self) -> Iterator[Block]:
         for depth in range(self.settings.blocks):

@@ -39,7 +39,7 @@ class TextSettings(Settings):
     encoder: str = "lsa"
     """lsa (TF-IDF and SVD), tokens (hashed subwords, learnt with the model), minilm, or the name or path of a
     sentence-transformers model."""
-    size: int = 128
+    size: int = 256
     """Width of token states and pooled vectors."""
     tokens: int = 16
     """Most tokens of a text that the model attends to: the rarest, in their order (lsa), or the first."""
@@ -73,7 +73,7 @@ class TextEncoder(Protocol):
     """Whether each token of each text has a state of its own, so that `states_WP` grows with the texts."""
 
     def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
-        """The same text gives the same numbers in any company. `cache` is a file in which slow encoders remember texts."""
+        """The same text gives the same numbers in any company (a pretrained model rounds otherwise, to 1e-3). `cache` is a file in which slow encoders remember texts."""
         ...
 
     def words(self, text: str) -> list[str]:
@@ -87,9 +87,10 @@ class TextEncoder(Protocol):
 
 _APART = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
-_BETWEEN = "\\s!-/:-@\\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"
+_BETWEEN = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"
 """Spaces and punctuation; all else, marks of vowels too, is a part of a word."""
 WORD = re.compile(f"[{_APART}]|[^{_APART}{_BETWEEN}]+")
+"""A word; of scripts that write none apart, a character."""
 UNSPACED = re.compile(f"[{_APART}]")
 
 
@@ -111,7 +112,9 @@ class Lsa:
 
         self.settings, self.terms, self.idf_W, self.components_WP = settings, list(terms), idf_W, components_WP
         self._places = {term: place for place, term in enumerate(self.terms, 1)}
-        self._vectorizer = TfidfVectorizer(analyzer=_terms, vocabulary=self.terms or ["?"], sublinear_tf=True)
+        self._vectorizer = TfidfVectorizer(
+            analyzer=_terms, token_pattern=None, vocabulary=self.terms or ["?"], sublinear_tf=True
+        )
         self._vectorizer.idf_ = idf_W.double().numpy() if self.terms else [1.0]
 
     @classmethod
@@ -126,7 +129,9 @@ class Lsa:
         if not texts:
             return cls(settings, [], torch.zeros(0), torch.zeros(0, settings.size))
         least = 2 if len(texts) >= 1000 else 1
-        vectorizer = TfidfVectorizer(analyzer=_terms, sublinear_tf=True, min_df=least, max_features=settings.vocabulary)
+        vectorizer = TfidfVectorizer(
+            analyzer=_terms, token_pattern=None, sublinear_tf=True, min_df=least, max_features=settings.vocabulary
+        )
         weights_NW = vectorizer.fit_transform(texts)
         size = min(settings.size, min(weights_NW.shape) - 1)
         components_WP = torch.zeros(weights_NW.shape[1], settings.size)
@@ -180,7 +185,9 @@ class Hashed:
     def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
         from xxhash import xxh64_intdigest
 
-        tokens = [[1 + xxh64_intdigest(piece.encode()) % self.settings.vocabulary for piece in self.words(text)] for text in texts]
+        tokens = [
+            [1 + xxh64_intdigest(piece.encode()) % self.settings.vocabulary for piece in self.words(text)] for text in texts
+        ]
         none = torch.zeros(0, self.settings.size), torch.zeros(len(texts), 0)
         return Encoded(_padded(tokens, self.settings.tokens), *none)
 
@@ -262,8 +269,9 @@ class Pretrained:
         return (vectors - self.mean_D) @ self.components_PD.T
 
     def _token_ids(self, text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        return list(tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.model.max_seq_length)["input_ids"])
+        longest, special = self.model.max_seq_length, set(self.model.tokenizer.all_special_ids)
+        read = self.model.tokenizer(text, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+        return [token for token in read if token not in special]
 
     def _raw(self, texts: Sequence[str], cache: Path | None, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(token states L × D, pooled D) of each text: remembered, or encoded in batches of about the same length."""
@@ -308,7 +316,7 @@ def _sentence_transformer(name: str) -> Any:
         raise SetupError(
             f"sentence-transformers does not load ({error}); pip install 'attention-recommender[text]', or set text.encoder=lsa"
         ) from None
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return SentenceTransformer(MODELS.get(name, name), device="cpu").eval()
     except (OSError, ValueError) as error:
@@ -343,7 +351,8 @@ class _Store:
 
     def get(self, key: bytes) -> Tensor:
         width, states = self._store.execute("SELECT width, states FROM texts WHERE key = ?", [key]).fetchone()
-        return torch.frombuffer(bytearray(states), dtype=torch.float16).view(-1, width).float()
+        flat: Tensor = torch.frombuffer(bytearray(states), dtype=torch.float16)
+        return flat.view(-1, width).float()
 
     def put(self, keys: Sequence[bytes], values: Sequence[Tensor]) -> None:
         rows = [(key, value.shape[1], value.numpy().tobytes()) for key, value in zip(keys, values, strict=True)]

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-
 from torch.nn.functional import normalize
 
 from recsys.batch import FIRST_ITEM, Batch, Sequences, gather

@@ -66,7 +66,7 @@ class Recommender:
     """A loaded run or bundle; safe to share between threads."""
 
     def __init__(self, directory: Directory, device: str = "cpu", *, exact: bool = False, threads: int | None = None) -> None:
-        self.manifest = directory.manifest
+        self.manifest, self.path = directory.manifest, directory.path
         self.catalogue = Catalogue(directory.path / ITEMS)
         self.model = model_from(directory, device).eval().requires_grad_(False)
         self.leave = _leave(self.manifest)

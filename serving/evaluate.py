@@ -90,7 +90,8 @@ def evaluate(
     `baselines` popularity and item-kNN are judged too, and exact search where the bundle's is not. `depth` is how long
     lists are (default and least: the largest k). A model that reads the time of requests is asked at the time of each
     user's first target. A data set with cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the
-    cold ones once more among cold items alone, beside the items nearest to the mean text of the history. `progress` hears (users done, users in all).
+    cold ones once more among cold items alone, beside the items nearest to the mean text of the history. `progress` hears
+    (users done, users in all).
     Raises DataError: nobody can be judged. RequestError: no such split, or a k below 1.
     """
     if split not in ("validation", "test"):
@@ -128,7 +129,9 @@ def evaluate(
         own, judged = own or lists, len(torch.unique(owners_P))
     assert own is not None  # the model is always judged
     user_ids = dataset.user_ids.gather(users_U.numpy())
-    return Report(recommender.id, split, repeats, recommender.reads_now, judged, figures, slices, own, user_ids, recommender.catalogue)
+    return Report(
+        recommender.id, split, repeats, recommender.reads_now, judged, figures, slices, own, user_ids, recommender.catalogue
+    )
 
 
 AMONG = ", among cold items"
@@ -202,4 +205,5 @@ def _judge(
         parts.append(lists)
         tell(start + len(users_B))
     empty = torch.zeros(0, dtype=torch.int64)
-    return Lists.joined(parts, depth), *(torch.cat([empty, *found]) for found in (ranks, owners, targets))
+    ranks_P, owners_P, targets_P = (torch.cat([empty, *found]) for found in (ranks, owners, targets))
+    return Lists.joined(parts, depth), ranks_P, owners_P, targets_P

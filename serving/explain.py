@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys.batch import FIRST_ITEM, PADDING, Batch
+from recsys.content import ENCODER, ContentEncoder
 from recsys.errors import RequestError
 from serving.engine import Recommender
 from serving.filters import until
@@ -22,14 +24,23 @@ class Attention:
     titles: list[str]
     weights_LHTT: Tensor
     """By layer and head; each line sums to 1."""
+    words: list[dict[str, float]] | None = None
+    """Of each event, how much the last state draws from each word of its item's text; None where the model reads no words."""
 
     def records(self) -> list[dict[str, Any]]:
-        """The share of each event in the last state, oldest first: the mean over layers and heads."""
+        """The share of each event in the last state, oldest first: the mean over layers and heads.
+
+        Where the model reads words, those of each event with their shares, largest first: together they are 1.
+        """
         shares = self.weights_LHTT[:, :, -1].mean((0, 1)).tolist()
-        return [
+        records: list[dict[str, Any]] = [
             {"event": place, "title": title, "share": share}
             for place, (title, share) in enumerate(zip(self.titles, shares, strict=True), 1)
         ]
+        if self.words is not None:
+            for record, words in zip(records, self.words, strict=True):
+                record["words"] = dict(sorted(words.items(), key=lambda word: -word[1]))
+        return records
 
 
 @torch.inference_mode()
@@ -46,7 +57,27 @@ def attention(
     weights = recommender.model.attention(batch, asked)
     titles = [recommender.catalogue.title(row) for row in recommender.model.readable(batch).values.tolist()]
     masks = weights[0].shape[-1] - len(titles)
-    return Attention(titles + ["(next)"] * masks, torch.cat(weights))
+    titles += ["(next)"] * masks
+    return Attention(titles, torch.cat(weights), _words(recommender, batch, asked, len(titles)))
+
+
+def _words(recommender: Recommender, batch: Batch, asked: Tensor | None, events: int) -> list[dict[str, float]] | None:
+    shares_1HUL = recommender.model.attention_to_text(batch, asked)
+    if shares_1HUL is None:
+        return None
+    encoder, texts = ContentEncoder.load(recommender.path / ENCODER), recommender.catalogue.described.texts
+    rows = recommender.model.readable(batch).values.tolist()
+    rows += [PADDING] * (events - len(rows))
+    words: list[dict[str, float]] = [{} for _ in rows]
+    shares_UL = shares_1HUL[0].mean(0)
+    for place in range(max(0, len(rows) - len(shares_UL)), len(rows)):
+        if rows[place] < FIRST_ITEM or rows[place] - FIRST_ITEM >= len(texts):
+            continue
+        for word, share in zip(
+            encoder.text.words(texts[rows[place] - FIRST_ITEM]), shares_UL[place - len(rows)].tolist(), strict=False
+        ):
+            words[place][word] = words[place].get(word, 0.0) + share
+    return words
 
 
 def draw(found: Attention, path: Path) -> None:

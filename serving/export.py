@@ -17,8 +17,8 @@ from torch import Tensor
 from features.dataset import Dataset
 from recsys import __version__
 from recsys.batch import gather
-from recsys.content import CONTENT, ENCODER
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish
+from recsys.content import CONTENT, ENCODER
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from serving.catalogue import ITEMS

@@ -148,7 +148,9 @@ def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int]) -> pl.Da
     rows = items.with_columns(
         pl.Series("row", lines, pl.Int32) + FIRST_ITEM, pl.lit(0, pl.Int64).alias("events"), pl.lit(False).alias(REMOVED)
     )
-    new, again = (rows.filter(part) for part in (pl.col("row") >= len(table) + FIRST_ITEM, pl.col("row") < len(table) + FIRST_ITEM))
+    new, again = (
+        rows.filter(part) for part in (pl.col("row") >= len(table) + FIRST_ITEM, pl.col("row") < len(table) + FIRST_ITEM)
+    )
     kept = table.update(again.select("row", *LISTED[1:], REMOVED), on="row", how="left") if len(again) else table
     return pl.concat([kept, new.select(table.columns).cast(table.schema)]).sort("row")
 

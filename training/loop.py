@@ -177,8 +177,9 @@ def fit(
 
     Where nobody can be judged by validation, all epochs are done and the last weights are the best.
 
-    `items` is the count of items with training events, `content` what is known of all items, where model.text reads it. Where `checkpoint` exists, training goes on from it and ends with
-    the weights of an undisturbed run; it is written after every epoch and about every `checkpoint_seconds`.
+    `items` is the count of items with training events, `content` what is known of all items, where model.text reads it. Where
+    `checkpoint` exists, training goes on from it and ends with the weights of an undisturbed run; it is written after every
+    epoch and about every `checkpoint_seconds`.
     """
     device = device or torch.device("cpu")
     _refuse(model_settings, settings, device)

@@ -62,7 +62,9 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             if name.startswith(("table.", "content.", "fusion.category_table")):
                 table.append(parameter)
-            elif name.startswith(("blocks.", "fusion.", "text_attention.")) and name.endswith(".weight") and parameter.ndim == 2:
+            elif (
+                name.startswith(("blocks.", "fusion.", "text_attention.")) and name.endswith(".weight") and parameter.ndim == 2
+            ):
                 matrices.append(parameter)
             else:
                 rest.append(parameter)

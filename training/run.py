@@ -51,7 +51,8 @@ def train(
 ) -> Directory:
     """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
 
-    A finished run is opened, not trained again. `progress` hears of the items' text that is encoded. Raises RecsysError: `out` holds a run of another recipe or data set.
+    A finished run is opened, not trained again. `progress` hears of texts that are encoded. Raises RecsysError: `out` holds a
+    run of another recipe or data set.
     """
     digest = dataset.manifest["hash"]
     key = run_key(recipe, digest)
@@ -101,9 +102,7 @@ def train(
     return model
 
 
-def read_content(
-    dataset: Dataset, settings: TextSettings, progress: Progress | None = None
-) -> tuple[ContentEncoder, Content]:
+def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | None = None) -> tuple[ContentEncoder, Content]:
     """The encoder, fitted on the items with training events, and what it makes of all items."""
     described, cache = dataset.described, cache_folder() / "text.sqlite"
     encoder = ContentEncoder.fit(described.take(dataset.manifest["warm_items"]), settings, cache, progress)

@@ -33,9 +33,9 @@ def validate(
 ) -> dict[str, float]:
     """Recall and NDCG at 10 and 50, over the users who have a history and a target that is new to them.
 
-    Items of the history are not ranked; a target that the model knows nothing of cannot be found and counts as missed. Empty where
-    there is no such user. `encode` turns histories and request times into states (default: `model.encode`). The request
-    of a user is made when their first target happens; only a model with `request_time` reads it.
+    Items of the history are not ranked; a target that the model knows nothing of cannot be found and counts as missed.
+    Empty where there is no such user. `encode` turns histories and request times into states (default: `model.encode`). The
+    request of a user is made when their first target happens; only a model with `request_time` reads it.
     """
     vectors_VE, known_V = model.item_vectors(), model.known_V
     ranks, owners, users = [], [], 0

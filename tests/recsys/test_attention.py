@@ -19,7 +19,7 @@ RULES = {
 
 def view(lengths: list[int]) -> View:
     times = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) ** 2
-    return View(torch.tensor(lengths), torch.arange(max(lengths)), times, times)
+    return View(torch.tensor(lengths), torch.zeros_like(times), torch.arange(max(lengths)), times, times)
 
 
 def module(settings: ModelSettings) -> Attention:

@@ -12,7 +12,7 @@ from recsys.model import ModelSettings
 
 SETTINGS = ModelSettings(embedding_size=12, heads=3, hidden_size=17, length=7, dropout=0.5)
 TIMES = torch.arange(14).view(2, 7)
-VIEW = View(torch.tensor([7, 5]), torch.arange(7), TIMES, TIMES)
+VIEW = View(torch.tensor([7, 5]), torch.zeros(2, 7, dtype=torch.int64), torch.arange(7), TIMES, TIMES)
 
 
 def block(name):
