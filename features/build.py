@@ -19,7 +19,7 @@ from features.cells import id_type
 from features.dataset import MANIFEST, Dataset, write_parquet
 from features.events import Report, arrange, judge, set_aside, stage
 from features.files import read_files
-from features.items import describe, make_catalogue, read_table, renew
+from features.items import describe, make_catalogue, read_table, renew, require_widths
 from features.schema import DataSettings, RawTables, Tally
 from features.sequences import write_sequences
 from features.split import SplitSettings, without_cold
@@ -118,7 +118,10 @@ class _Job:
         items = make_catalogue(listed, without_cold(counts, self.split), self.tallies["events"])
         warm = (items["events"] > 0).sum()
         if not warm:
-            raise DataError(f"{self.where}: no event is for training; set split.test_start to a time after the first events")
+            raise DataError(
+                f"{self.where}: no event is for training; set split.test_start to a time after the first events, "
+                "or split.cold_one_in to 0"
+            )
         self._put("items", items)
         if users is not None:
             self._put("users", users.sort("user_id"))
@@ -146,7 +149,13 @@ class _Job:
             return old
         new, bad = read_table(raw, name, ids[name], tally, where)
         self.aside.append(bad)
-        return renew(old, describe(new, self.settings, where) if table == "items" else new, name, tally)
+        if table == "users":
+            return renew(old, new, name, tally)
+        items = renew(old, describe(new, self.settings, where), name, tally)
+        if self.settings.number_columns:
+            cells = [items["numbers"].list.get(place, null_on_oob=True) for place in range(len(self.settings.number_columns))]
+            require_widths([cell.struct.field("values") for cell in cells], self.settings, where)
+        return items
 
     def _write_events(self, raw: pl.LazyFrame, earlier: pl.LazyFrame | None, ids: dict[str, pl.DataType]) -> pl.DataFrame:
         """Write the sorted events; returns the items' counts."""

@@ -55,7 +55,8 @@ def described(items: pl.DataFrame) -> Described:
     """Items as an items table describes them, in its order."""
     from recsys.content import Described
 
-    return Described(items["text"].to_list(), items["categories"].to_list(), items["numbers"].to_list())
+    numbers = [[cell["values"] for cell in cells] for cells in items["numbers"].to_list()]
+    return Described(items["text"].to_list(), items["categories"].to_list(), numbers)
 
 
 class Dataset:

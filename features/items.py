@@ -12,7 +12,7 @@ from recsys.batch import FIRST_ITEM
 from recsys.errors import DataError
 
 NO_CATEGORIES = pl.lit([], pl.List(pl.String))
-NO_NUMBERS = pl.lit([], pl.List(pl.Float32))
+NO_NUMBERS = pl.lit([], pl.List(pl.Struct({"values": pl.List(pl.Float32)})))
 
 
 def read_table(
@@ -110,30 +110,37 @@ def _categories(items: pl.DataFrame, settings: DataSettings) -> pl.Expr:
 
 
 def _numbers(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Expr | pl.Series:
-    """The number columns end to end, Float32, null where one is missing or not finite; an empty list where all are."""
+    """The values of each number column, Float32: none where a cell is missing, null where a number is missing or not finite."""
     parts = []
     for name in settings.number_columns:
-        column = items[name]
-        column = column.arr.to_list() if isinstance(column.dtype, pl.Array) else column
-        widths = column.list.len().drop_nulls().unique().to_list() if isinstance(column.dtype, pl.List) else [1]
-        if len(widths) > 1:
-            raise DataError(
-                f"{where}: lists of column {name!r} hold {min(widths)} to {max(widths)} numbers; give always as many"
-            )
-        width = widths[0] if widths else 0
+        column = items[name].arr.to_list() if isinstance(items[name].dtype, pl.Array) else items[name]
+        inner = column.dtype.inner if isinstance(column.dtype, pl.List) else column.dtype
+        if not (inner.is_numeric() or inner in (*TEXTS, pl.Null, pl.Boolean)):
+            raise DataError(f"{where}: column {name!r} holds {column.dtype}; a cell of it is a number or a list of numbers")
         if column.dtype in TEXTS:  # of a file without types
             column = column.cast(pl.String).str.strip_chars().replace("", None)
         cells = column if isinstance(column.dtype, pl.List) else column.to_frame().select(pl.concat_list(name)).to_series()
+        cells = cells.cast(pl.List(inner))
         numbers = cells.cast(pl.List(pl.Float32), strict=False)
         wrong = (numbers.explode().is_null() & cells.explode().is_not_null()).sum()
         if wrong:
             raise DataError(f"{where}: column {name!r} holds {wrong} cells that are no numbers; mend them, or leave it out")
-        gap = pl.lit([None] * width, pl.List(pl.Float32))
-        parts.append(pl.select(pl.when(numbers.is_null()).then(gap).otherwise(numbers)).to_series())
+        numbers = numbers.list.eval(pl.when(pl.element().is_finite()).then(pl.element()))
+        missing = numbers.list.drop_nulls().list.len().fill_null(0) == 0
+        some = pl.select(pl.when(missing).then(pl.lit([], numbers.dtype)).otherwise(numbers).alias("values")).to_series()
+        parts.append(some)
+    require_widths(parts, settings, where)
     if not parts:
         return NO_NUMBERS
-    whole = pl.DataFrame([part.alias(str(place)) for place, part in enumerate(parts)]).select(pl.concat_list(pl.all()))
-    return whole.to_series().list.eval(pl.when(pl.element().is_finite()).then(pl.element()))
+    return pl.select(pl.concat_list([pl.struct(part) for part in parts])).to_series()
+
+
+def require_widths(parts: list[pl.Series], settings: DataSettings, where: str) -> None:
+    """Raises DataError: the cells of a number column hold different counts of numbers."""
+    for name, part in zip(settings.number_columns, parts, strict=True):
+        widths = sorted(set(part.list.len().unique().to_list()) - {0, None})
+        if len(widths) > 1:
+            raise DataError(f"{where}: cells of column {name!r} hold {widths[0]} to {widths[-1]} numbers; give always as many")
 
 
 def _is_list(items: pl.DataFrame, name: str) -> bool:

@@ -66,10 +66,18 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Meanwhile no other process on this machine is in here for the same `path`; it waits for its turn."""
+    """Meanwhile no other process on this machine is in here for the same `path`; it waits for its turn.
+
+    Raises RecsysError: nothing can be written beside `path`.
+    """
     import fcntl
 
-    with path.absolute().with_name(f".{path.name}.lock").open("w") as file:
+    path = path.absolute()
+    try:
+        file = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise RecsysError(f"{path.parent}: cannot be written ({error.strerror}); give another place") from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
         yield
 

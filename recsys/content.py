@@ -1,14 +1,16 @@
 """What is known of items besides their ids, as tensors: text, categories, numbers; line i belongs to row FIRST_ITEM + i.
 
 V items · L tokens of an item · W token states · P width of a state · C categories of an item · M numbers of an item
+K neighbours of an item · A items among which they are · N items of a part
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ CATEGORIES = 4096
 """Most categories that are told apart: those of the most items."""
 FARTHEST = 5.0
 """Deviations from the mean beyond which numbers are cut."""
+NEIGHBOURS = 32
+"""Items of the nearest texts that are kept for an item."""
+NEAR = 0.05
+"""Difference of cosines at which a neighbour counts e times another; .03, .05 and .1 do about equally well."""
+AMONG = 50_000
+"""Learnt items, the most popular ones, among which neighbours are looked for."""
+CHUNK = 1024
+"""Items whose neighbours are looked for at once."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,8 @@ class Described:
 
     texts: Sequence[str]
     categories: Sequence[Sequence[str]]
-    numbers: Sequence[Sequence[float | None]]
-    """Always so many, None where one is missing; none at all where nothing is known."""
+    numbers: Sequence[Sequence[Sequence[float | None]]]
+    """Of each column so many numbers, None where one is missing, or none at all; no column where nothing is known."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -56,8 +66,14 @@ class Content:
     """Pooled vector of each text, float32, 0 where there is none; V × 0 where the model learns token states."""
     categories_VC: Tensor
     """Categories from 1, int32; 0 where an item has fewer than C."""
+    categories: Tensor
+    """How many are told apart, int64."""
     numbers_VM: Tensor
     """In deviations from the mean, float32; 0 where one is missing."""
+    neighbours_VK: Tensor
+    """Lines of the learnt items whose texts are nearest, int32."""
+    nearness_VK: Tensor
+    """What they count as beside the item's own vector: together k / (k + its events), float32; 0 where there are none."""
 
     def __len__(self) -> int:
         return len(self.tokens_VL)
@@ -77,6 +93,32 @@ class Content:
         from safetensors.torch import load_file
 
         return Content(**load_file(path))
+
+    def with_neighbours(self, lines: Sequence[int], learnt: int, events: Sequence[int], weight: float) -> Content:
+        """The same with the neighbours of some lines, which have so many `events`, among the first `learnt` items.
+
+        Nearness is a softmax of cosines / NEAR, times weight / (weight + events): the fewer events an item has, the more it
+        is what its neighbours are (shrinkage, James & Stein 1961).
+        """
+        among_AP = self.pooled_VP[: min(learnt, AMONG)]
+        count = min(NEIGHBOURS, len(among_AP) - 1)
+        if not weight or not among_AP.shape[1] or count < 1:
+            return self
+        neighbours_VK = self.neighbours_VK.new_zeros(len(self), count)
+        nearness_VK = self.nearness_VK.new_zeros(len(self), count)
+        neighbours_VK[:, : self.neighbours_VK.shape[1]] = self.neighbours_VK
+        nearness_VK[:, : self.nearness_VK.shape[1]] = self.nearness_VK
+        share_N = weight / (weight + torch.tensor(events, dtype=torch.float32))
+        for places_N, part_N in zip(torch.split(torch.tensor(lines), CHUNK), torch.split(share_N, CHUNK), strict=True):
+            pooled_NP = self.pooled_VP[places_N]
+            cosines_NA = pooled_NP @ among_AP.T
+            own_N = (places_N < len(among_AP)).nonzero().flatten()
+            cosines_NA[own_N, places_N[own_N]] = -1.0
+            cosines_NK, lines_NK = cosines_NA.topk(count, dim=1)
+            some_N1 = (pooled_NP != 0).any(1, keepdim=True)
+            neighbours_VK[places_N] = lines_NK.int()
+            nearness_VK[places_N] = (cosines_NK / NEAR).softmax(1) * part_N[:, None] * some_N1
+        return replace(self, neighbours_VK=neighbours_VK, nearness_VK=nearness_VK)
 
     def with_lines(self, lines: Sequence[int], other: Content, fresh_states: bool) -> Content:
         """This content with that of `other` in `lines`; lines from V on, ascending, are appended.
@@ -101,7 +143,10 @@ class Content:
             states,
             put(self.pooled_VP, other.pooled_VP),
             put(self.categories_VC, other.categories_VC),
+            self.categories,
             put(self.numbers_VM, other.numbers_VM),
+            put(self.neighbours_VK, other.neighbours_VK),
+            put(self.nearness_VK, other.nearness_VK),
         )
 
 
@@ -109,9 +154,15 @@ class ContentEncoder:
     """Turns items as tables describe them into what the model reads; fitted once, on the items that were learnt."""
 
     def __init__(
-        self, settings: TextSettings, text: TextEncoder, categories: Sequence[str], mean_M: Tensor, deviation_M: Tensor
+        self,
+        settings: TextSettings,
+        text: TextEncoder,
+        categories: Sequence[str],
+        widths: Sequence[int],
+        mean_M: Tensor,
+        deviation_M: Tensor,
     ) -> None:
-        self.settings, self.text = settings, text
+        self.settings, self.text, self.widths = settings, text, list(widths)
         self.categories, self.mean_M, self.deviation_M = list(categories), mean_M, deviation_M
         self._places = {name: place for place, name in enumerate(self.categories, 1)}
 
@@ -124,21 +175,18 @@ class ContentEncoder:
         text = kind.fit(described.texts, settings, cache, progress)
         counts = Counter(name for names in described.categories for name in set(names))
         categories = sorted(sorted(counts), key=lambda name: -counts[name])[:CATEGORIES]
-        numbers_VM = _numbers(described.numbers).double()
+        columns = max(map(len, described.numbers), default=0)
+        widths = [max(len(row[place]) for row in described.numbers if row) for place in range(columns)]
+        numbers_VM = _numbers(described.numbers, widths).double()
         mean_M = numbers_VM.nanmean(0).nan_to_num()
         deviation_M = (numbers_VM - mean_M).square().nanmean(0).sqrt().nan_to_num()
-        return cls(settings, text, categories, mean_M.float(), torch.where(deviation_M > 0, deviation_M, 1.0).float())
+        return cls(settings, text, categories, widths, mean_M.float(), torch.where(deviation_M > 0, deviation_M, 1.0).float())
 
     def encode(self, described: Described, cache: Path | None = None, progress: Progress | None = None) -> Content:
         """The items' content; the same item gives the same lines in any company.
 
         Raises DataError: an item has another count of numbers than those that were learnt.
         """
-        for numbers in described.numbers:
-            if len(numbers) not in (0, len(self.mean_M)):
-                raise DataError(
-                    f"items have {len(numbers)} numbers, the model learnt {len(self.mean_M)}; give the same columns"
-                )
         distinct = list(dict.fromkeys(described.texts))
         encoded: Encoded = self.text.encode(distinct, cache, progress)
         places = {text: place for place, text in enumerate(distinct)}
@@ -147,20 +195,23 @@ class ContentEncoder:
         categories_VC = torch.zeros(len(described), max(map(len, known), default=0), dtype=torch.int32)
         for line, numbers in enumerate(known):
             categories_VC[line, : len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
-        numbers_VM = (_numbers(described.numbers, len(self.mean_M)) - self.mean_M) / self.deviation_M
+        numbers_VM = (_numbers(described.numbers, self.widths) - self.mean_M) / self.deviation_M
         return Content(
             encoded.tokens_NL[lines_V],
             encoded.states_WP.half(),
             encoded.pooled_NP[lines_V],
             categories_VC,
+            torch.tensor(len(self.categories)),
             numbers_VM.nan_to_num(0.0).clamp(-FARTHEST, FARTHEST),
+            torch.zeros(len(described), 0, dtype=torch.int32),
+            torch.zeros(len(described), 0),
         )
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
         tensors, plain = self.text.state()
-        about = {"settings": self.settings.as_dict(), "categories": self.categories, "text": plain}
+        about = {"settings": self.settings.as_dict(), "categories": self.categories, "widths": self.widths, "text": plain}
         named = {f"text.{name}": value.contiguous() for name, value in tensors.items()}
         save_file(
             {**named, "mean": self.mean_M, "deviation": self.deviation_M},
@@ -181,13 +232,19 @@ class ContentEncoder:
         settings = TextSettings(**about["settings"])
         own = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
         text = ENCODERS.get(settings.encoder, Pretrained).restore(settings, own, about["text"])
-        return ContentEncoder(settings, text, about["categories"], tensors["mean"], tensors["deviation"])
+        return ContentEncoder(settings, text, about["categories"], about["widths"], tensors["mean"], tensors["deviation"])
 
 
-def _numbers(rows: Sequence[Sequence[float | None]], width: int | None = None) -> Tensor:
-    """V × M, NaN where one is missing."""
-    width = max(map(len, rows), default=0) if width is None else width
-    if any(len(row) not in (0, width) for row in rows):
-        raise DataError(f"items have different counts of numbers, {width} at most; give the same number_columns in all tables")
-    filled = [[torch.nan if value is None else value for value in row] or [torch.nan] * width for row in rows]
-    return torch.tensor(filled, dtype=torch.float32).reshape(len(rows), width)
+def _numbers(rows: Sequence[Sequence[Sequence[float | None]]], widths: Sequence[int]) -> Tensor:
+    """V × M, NaN where one is missing. Raises DataError: other counts of numbers than `widths`."""
+    nothing = [[math.nan] * width for width in widths]
+    filled = []
+    for row in rows:
+        found = [len(column) for column in row]
+        if row and (
+            len(found) != len(widths) or any(count not in (0, width) for count, width in zip(found, widths, strict=True))
+        ):
+            raise DataError(f"items have {found} numbers by column, the model learnt {list(widths)}; give the same columns")
+        columns = [column or gap for column, gap in zip(row or nothing, nothing, strict=True)]
+        filled.append([math.nan if value is None else value for column in columns for value in column])
+    return torch.tensor(filled, dtype=torch.float32).reshape(len(rows), sum(widths))

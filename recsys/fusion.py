@@ -1,7 +1,7 @@
 """What the model makes of an item's description: a part of its vector, and tokens that states attend to.
 
-R item rows · L tokens of an item · W token states · P width of a state · M numbers · B histories · T positions · E embedding
-size · G groups of S positions, which may see U items · H heads · D width per head
+R item rows · K neighbours of an item · L tokens of an item · W token states · P width of a state · M numbers · B histories
+T positions · E embedding size · G groups of S positions, which may see U items · H heads · D width per head
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class ItemContent(nn.Module):
     categories_RC: Tensor
     numbers_RM: Tensor
     some_R: Tensor
+    neighbours_RK: Tensor
+    nearness_RK: Tensor
 
     def __init__(self, content: Content, vocabulary: int) -> None:
         super().__init__()
@@ -38,10 +40,12 @@ class ItemContent(nn.Module):
             "categories_RC": content.categories_VC,
             "numbers_RM": content.numbers_VM,
             "some_R": content.some_V[:, None],
+            "neighbours_RK": content.neighbours_VK,
+            "nearness_RK": content.nearness_VK,
         }
         for name, value in named.items():
             self.register_buffer(name, F.pad(value, (0, 0, FIRST_ITEM, 0)), persistent=False)
-        self.some_R = self.some_R[:, 0]
+        self.some_R, self.categories = self.some_R[:, 0], int(content.categories)
         self.states_WP: Tensor
         if len(content.states_WP):
             self.register_buffer("states_WP", content.states_WP, persistent=False)
@@ -57,21 +61,24 @@ class ItemContent(nn.Module):
         return torch.where(rows < len(self.tokens_RL), rows, UNKNOWN)
 
     def pooled(self, rows: Tensor) -> Tensor:
-        """The pooled text of each row, or the mean of its tokens where their states are learnt; a further axis P."""
+        """The text of each row at length 1: pooled, or its tokens added up where their states are learnt; a further axis P."""
         if self.pooled_RP.shape[1]:
             return F.embedding(rows, self.pooled_RP)
         tokens = F.embedding(rows, self.tokens_RL)
         some = (tokens > 0)[..., None]
-        return (F.embedding(tokens, self.states_WP) * some).sum(-2) / some.sum(-2).clamp(min=1)
+        return F.normalize((F.embedding(tokens, self.states_WP) * some).sum(-2), dim=-1)
 
 
 class Fusion(nn.Module):
-    """The part of an item's vector that is not its id: its text, categories and numbers, each by a linear map, added up."""
+    """The part of an item's vector that is not its id: its text, categories and numbers, each by a linear map, added up.
+
+    Each comes at about length 1, so that it is learnt no faster than ids are; elements of size 1 drown them.
+    """
 
     def __init__(self, settings: ModelSettings, content: ItemContent) -> None:
         super().__init__()
         size = settings.embedding_size
-        categories = int(content.categories_RC.max()) if content.categories_RC.numel() else 0
+        categories = content.categories
         self.text = nn.Linear(content.states_WP.shape[1], size, bias=False)
         self.category_table = nn.Parameter(torch.empty(1 + categories, size)) if categories else None
         self.numbers = nn.Linear(content.numbers_RM.shape[1], size, bias=False) if content.numbers_RM.shape[1] else None
@@ -84,7 +91,7 @@ class Fusion(nn.Module):
             some = (own > 0)[..., None]
             vectors = vectors + (F.embedding(own, self.category_table) * some).sum(-2) / some.sum(-2).clamp(min=1).sqrt()
         if self.numbers is not None:
-            vectors = vectors + self.numbers(F.embedding(rows, content.numbers_RM))
+            vectors = vectors + self.numbers(F.embedding(rows, content.numbers_RM) / self.numbers.in_features**0.5)
         return vectors
 
 

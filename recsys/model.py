@@ -11,14 +11,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, embedding, pad
+from torch.nn.functional import cosine_similarity, embedding, normalize, pad
 
 from recsys.attention import PATTERNS, POSITIONS, TIME_BUCKETS, TIMES, View, time_bucket
 from recsys.batch import FIRST_ITEM, UNKNOWN, Batch
 from recsys.blocks import BLOCKS, Block
 from recsys.bundle import Directory
 from recsys.config import Settings
-from recsys.content import CONTENT, Content
+from recsys.content import CHUNK, CONTENT, Content
 from recsys.dropout import dropout
 from recsys.embedding import TABLES
 from recsys.errors import BundleError
@@ -162,13 +162,12 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> SequenceModel:
-        """Draw all weights anew: matrices normal with deviation .02 (of texts .005: their elements are larger than those of
-        ids), token states with 1, norms 1, biases, gates and rows that are not learnt 0.
+        """Draw all weights anew: matrices normal with deviation .02, token states with 1, norms 1, biases, gates and rows that
+        are not learnt 0.
         """
-        deviations = {"content.states_WP": 1.0, "fusion.text.weight": 0.005, "fusion.numbers.weight": 0.005}
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, deviations.get(name, 0.02), generator=generator)
+                parameter.normal_(0, 1.0 if name == "content.states_WP" else 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         self.table.weight[: UNKNOWN if self.settings.objective == "masked" else FIRST_ITEM] = 0
@@ -259,12 +258,34 @@ class SequenceModel(nn.Module):
         """Placed vectors of item rows; a further axis of width E. With a generator, ids are dropped as in training."""
         return place_items(self._fused(rows, generator), self.settings.similarity)
 
-    def item_vectors(self, items: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Placed vectors of the first `items` items (default: all `lines`), shape items × E; line i is row FIRST_ITEM + i."""
-        items = self.lines if items is None else items
+    def candidates(self, generator: torch.Generator) -> Tensor:
+        """Placed vectors of the learnt items, as training meets them, shape items × E; line i is row FIRST_ITEM + i."""
         if self.fusion is None:
-            return place_items(self.table.weight[FIRST_ITEM : FIRST_ITEM + items], self.settings.similarity)
-        return self.vectors(torch.arange(FIRST_ITEM, FIRST_ITEM + items, device=self.table.weight.device), generator)
+            return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
+        rows = torch.arange(FIRST_ITEM, FIRST_ITEM + self.items, device=self.table.weight.device)
+        return self.vectors(rows, generator)
+
+    def item_vectors(self, lines: Tensor | None = None) -> Tensor:
+        """Placed vectors of the catalogue, as lists are made by, shape items × E; line i is row FIRST_ITEM + i.
+
+        Of `lines` alone where they are given. Where content names neighbours, they are added by their nearness.
+        """
+        rows = torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.weight.device)
+        if self.fusion is None or self.content is None:
+            return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
+        vectors_VE = self.vectors(rows)
+        rows = rows if lines is None else lines + FIRST_ITEM
+        if not self.content.nearness_RK.shape[1]:
+            return vectors_VE[rows - FIRST_ITEM]
+        out = []
+        for rows_N in torch.split(rows, CHUNK):
+            nearness_NK = self.content.nearness_RK[rows_N]
+            near_NE = (embedding(self.content.neighbours_RK[rows_N], vectors_VE) * nearness_NK[..., None]).sum(1)
+            share_N1 = nearness_NK.sum(1, keepdim=True)
+            if self.settings.similarity == "cosine":
+                near_NE = normalize(near_NE, dim=1) * share_N1
+            out.append(place_items((vectors_VE[rows_N - FIRST_ITEM] + near_NE) / (1 + share_N1), self.settings.similarity))
+        return torch.cat(out)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights on the CPU, named as with the plain torch table, so that serving needs no other."""

@@ -5,6 +5,7 @@ N texts · L tokens of a text · W states · P width of a state
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 import unicodedata
@@ -45,11 +46,16 @@ class TextSettings(Settings):
     """Most tokens of a text that the model attends to: the rarest, in their order (lsa), or the first."""
     vocabulary: int = 20_000
     """Most terms of lsa; buckets of hashed subwords."""
+    neighbours: float = 0.0
+    """Events that the learnt items of the nearest texts count as in an item's vector, beside its own events; 0: they are not
+    read, nor with tokens, whose vectors are learnt."""
 
     def __post_init__(self) -> None:
         for name in ("size", "tokens", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours must not be negative, found {self.neighbours}")
         if not self.encoder:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, or a sentence-transformers model, found ''")
 
@@ -63,7 +69,7 @@ class Encoded:
     states_WP: Tensor
     """State of each token, elements of about size 1; line NONE is 0. No line (0 × P) where the model learns them."""
     pooled_NP: Tensor
-    """Pooled vectors, elements of about size 1, or 0 where nothing was known of a text; N × 0 where the model learns them."""
+    """Pooled vectors of length 1, or 0 where nothing was known of a text; N × 0 where the model learns them."""
 
 
 class TextEncoder(Protocol):
@@ -73,7 +79,10 @@ class TextEncoder(Protocol):
     """Whether each token of each text has a state of its own, so that `states_WP` grows with the texts."""
 
     def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
-        """The same text gives the same numbers in any company (a pretrained model rounds otherwise, to 1e-3). `cache` is a file in which slow encoders remember texts."""
+        """The same text gives the same numbers in any company (of a pretrained model, to about 1e-3).
+
+        `cache` is a file in which slow encoders remember texts.
+        """
         ...
 
     def words(self, text: str) -> list[str]:
@@ -85,7 +94,10 @@ class TextEncoder(Protocol):
         ...
 
 
-_APART = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_APART = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+)
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
 _BETWEEN = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"
 """Spaces and punctuation; all else, marks of vowels too, is a part of a word."""
@@ -147,7 +159,9 @@ class Lsa:
         weights_NW = self._vectorizer.transform(texts)
         size = self.settings.size
         pooled_NP = torch.from_numpy(weights_NW @ self.components_WP.double().numpy()).float() if self.terms else None
-        pooled_NP = _unit(pooled_NP if pooled_NP is not None else torch.zeros(len(texts), size))
+        pooled_NP = pooled_NP if pooled_NP is not None else torch.zeros(len(texts), size)
+        held_N1 = pooled_NP.norm(dim=1, keepdim=True) > 1e-6  # else rounding is all that the components hold of a text
+        pooled_NP = F.normalize(pooled_NP) * held_N1
         tokens = [[self._places[word] for word in self.words(text)] for text in texts]
         states_WP = F.pad(_unit(self.components_WP), (0, 0, 1, 0))
         return Encoded(_padded(tokens, self.settings.tokens), states_WP, pooled_NP)
@@ -252,7 +266,7 @@ class Pretrained:
             tokens_NL[place, : len(tokens_LD)] = torch.arange(used, used + len(tokens_LD), dtype=torch.int32)
             pooled_NP[place] = self._turn(pooled_D)
             used += len(tokens_LD)
-        return Encoded(tokens_NL, torch.cat(states), _unit(pooled_NP))
+        return Encoded(tokens_NL, torch.cat(states), F.normalize(pooled_NP))
 
     def words(self, text: str) -> list[str]:
         tokenizer = self.model.tokenizer
@@ -316,7 +330,7 @@ def _sentence_transformer(name: str) -> Any:
         raise SetupError(
             f"sentence-transformers does not load ({error}); pip install 'attention-recommender[text]', or set text.encoder=lsa"
         ) from None
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         return SentenceTransformer(MODELS.get(name, name), device="cpu").eval()
     except (OSError, ValueError) as error:
@@ -351,8 +365,8 @@ class _Store:
 
     def get(self, key: bytes) -> Tensor:
         width, states = self._store.execute("SELECT width, states FROM texts WHERE key = ?", [key]).fetchone()
-        flat: Tensor = torch.frombuffer(bytearray(states), dtype=torch.float16)
-        return flat.view(-1, width).float()
+        states_LD: Tensor = torch.frombuffer(bytearray(states), dtype=torch.float16).view(-1, width)
+        return states_LD.float()
 
     def put(self, keys: Sequence[bytes], values: Sequence[Tensor]) -> None:
         rows = [(key, value.shape[1], value.numpy().tobytes()) for key, value in zip(keys, values, strict=True)]
@@ -373,7 +387,7 @@ def _pieces(word: str) -> list[str]:
 
 def _unit(vectors: Tensor) -> Tensor:
     """At length √P, so that elements are about 1; 0 stays 0."""
-    return F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+    return F.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
 
 
 def _padded(tokens: Sequence[Sequence[int]], limit: int) -> Tensor:

@@ -107,11 +107,7 @@ class MeanText:
     """
 
     def __init__(self, described: Described, learnt: int, among_V: Tensor) -> None:
-        encoder = ContentEncoder.fit(described.take(learnt), TextSettings())
-        content = encoder.encode(described)
-        kinds_VK = torch.zeros(len(content), 1 + len(encoder.categories)).scatter_(1, content.categories_VC.long(), 1.0)
-        kinds_VK[:, 0] = 0
-        self.vectors_VP = normalize(torch.cat([normalize(content.pooled_VP), normalize(kinds_VK)], 1))
+        self.vectors_VP = ContentEncoder.fit(described.take(learnt), TextSettings()).encode(described).pooled_VP
         self.among_V = among_V
 
     def among(self, among_V: Tensor) -> MeanText:

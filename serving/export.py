@@ -27,6 +27,7 @@ from serving.index import INDEX, Index, IndexSettings, Scan
 
 QUERIES = 512
 """Queries by which the index is measured."""
+NOISY = "items with noise"
 DEPTH = 100
 """Candidates of a query that are compared with exact search."""
 
@@ -105,10 +106,15 @@ def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor,
             history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
             next_B = torch.where(targets_U > ends_U, ends_U, ends_U - 1)[users_B]  # asked for at the next event, or the last
             return recommender.encode(history, sequences.times[next_B]), "histories"
-    vectors_VE = recommender.scan.vectors_VE
+    return noisy(recommender.scan.vectors_VE), NOISY
+
+
+def noisy(vectors_VE: Tensor) -> Tensor:
+    """Evenly chosen item vectors with noise as long as they."""
     chosen_BE = vectors_VE[_spread(len(vectors_VE))]
     noise_BE = torch.randn(chosen_BE.shape, generator=torch.Generator().manual_seed(0))
-    return chosen_BE + noise_BE * (chosen_BE.norm(dim=1, keepdim=True) / chosen_BE.shape[1] ** 0.5), "items with noise"
+    out: Tensor = chosen_BE + noise_BE * (chosen_BE.norm(dim=1, keepdim=True) / chosen_BE.shape[1] ** 0.5)
+    return out
 
 
 def _spread(count: int) -> Tensor:

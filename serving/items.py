@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import polars as pl
 import torch
 from safetensors.torch import save_file
 
 from features.dataset import LISTED, described, write_parquet
 from features.download import cache_folder
 from features.items import describe, read_table
-from features.schema import DataSettings, Tally
+from features.schema import POLICIES, DataSettings, Tally
 from recsys import __version__
 from recsys.batch import FIRST_ITEM
 from recsys.bundle import Directory, Writer, locked, open_directory, publish
@@ -25,7 +25,11 @@ from recsys.errors import BundleError, DataError, RequestError
 from recsys.model import model_from
 from serving.catalogue import ITEMS, REMOVED, Catalogue
 from serving.engine import VECTORS, read_vectors
+from serving.export import NOISY, measure_index, noisy
 from serving.index import INDEX, Index, IndexSettings
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Progress = Callable[[int, int], None]
 
@@ -50,14 +54,16 @@ def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None)
 
     Raises RequestError: no such item, or none would be left.
     """
-    with locked(bundle):
-        directory = _open(bundle)
+    import polars as pl
+
+    with _opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
         rows = catalogue.rows(item_ids, catalogue.by_id)
         gone = pl.int_range(pl.len()).is_in([row - FIRST_ITEM for row in rows if row is not None])
         table = catalogue.table.with_columns((pl.col(REMOVED) | gone).alias(REMOVED))
-        if bool(table[REMOVED].all()):
-            raise RequestError(f"{bundle}: no item would be left; leave some in")
+        known_V = model_from(directory).known_V
+        if not bool((known_V & ~torch.tensor(table[REMOVED].to_numpy())[: len(known_V)]).any()):
+            raise RequestError(f"{bundle}: no item that can be recommended would be left; leave some in")
         return _publish(directory, out or bundle, table, {}, {"removed": len(rows)})
 
 
@@ -69,8 +75,7 @@ def _change(
     verb: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    with locked(bundle):
-        directory = _open(bundle)
+    with _opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
         old = Content.load(directory.path / CONTENT) if CONTENT in directory.manifest["files"] else None
         if old is None or not model_from(directory, content=old).settings.described:
@@ -80,11 +85,13 @@ def _change(
         encoder = ContentEncoder.load(directory.path / ENCODER)
         new = encoder.encode(described(items), cache_folder() / "text.sqlite", progress)
         content = old.with_lines(lines, new, encoder.text.contextual)
+        events = [int(catalogue.events[line]) if line < len(catalogue) else 0 for line in lines]
+        content = content.with_neighbours(lines, directory.manifest["items"], events, encoder.settings.neighbours)
         model = model_from(directory, content=content).eval()
         places = torch.tensor(lines, dtype=torch.int64)
         before_VE = read_vectors(directory.path)
         with torch.inference_mode():
-            changed_NE = model.vectors(places + FIRST_ITEM)
+            changed_NE = model.item_vectors(places)
         vectors_VE = torch.cat([before_VE, before_VE.new_zeros(len(content) - len(before_VE), before_VE.shape[1])])
         vectors_VE[places] = changed_NE
         settings = IndexSettings(**directory.manifest["recipe"][IndexSettings.section])
@@ -101,21 +108,30 @@ def _change(
         }
         known = new.some_V | (places < model.ids)
         counts = {verb: len(items), "unknown": int((~known).sum())}
-        return _publish(directory, out or bundle, _joined(catalogue.table, items, lines), writers, counts)
+        table = _joined(catalogue.table, items, lines, revived=verb == "added")
+        return _publish(directory, out or bundle, table, writers, counts, _measured(index, vectors_VE, directory))
 
 
-def _open(bundle: Path) -> Directory:
-    directory = open_directory(bundle)
-    if directory.manifest.get("kind") != "bundle":
-        raise BundleError(f"{bundle}: holds a {directory.manifest.get('kind')}, not a bundle; export it first")
-    return directory
+@contextmanager
+def _opened(bundle: Path) -> Iterator[Directory]:
+    """The bundle, which no other change touches meanwhile."""
+    open_directory(bundle, verify=False)  # before anything is written beside it
+    with locked(bundle):
+        directory = open_directory(bundle)
+        if directory.manifest.get("kind") != "bundle":
+            raise BundleError(f"{bundle}: holds a {directory.manifest.get('kind')}, not a bundle; export it first")
+        yield directory
 
 
 def _read(raw: pl.LazyFrame, catalogue: Catalogue, directory: Directory) -> pl.DataFrame:
     """The items' ids and descriptions; every bad or repeated row is an error."""
-    where, dtype = "items", catalogue.table["item_id"].dtype
+    import polars as pl
+
+    where, dtype, tally = "items", catalogue.table["item_id"].dtype, Tally("items")
     settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
-    rows, _ = read_table(raw, "item_id", dtype, Tally("items", strict=True), where)
+    rows, _ = read_table(raw, "item_id", dtype, tally, where)
+    for reason, count in tally.counts.items():
+        raise DataError(f"{where}: {count} rows are bad, {reason}: {POLICIES[reason].meaning}; mend them")
     if settings.source == "files" and settings.title in rows.columns:
         rows = rows.with_columns(title=pl.col(settings.title))
     if not len(rows):
@@ -143,20 +159,40 @@ def _placed_among(catalogue: Catalogue, items: pl.DataFrame) -> list[int]:
     return [row - FIRST_ITEM for _, row in rows if row is not None]
 
 
-def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int]) -> pl.DataFrame:
-    """The items' table with new lines and lines described anew; they are live."""
+def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int], revived: bool) -> pl.DataFrame:
+    """The items' table with new lines, which are live, and lines described anew."""
+    import polars as pl
+
     rows = items.with_columns(
         pl.Series("row", lines, pl.Int32) + FIRST_ITEM, pl.lit(0, pl.Int64).alias("events"), pl.lit(False).alias(REMOVED)
     )
     new, again = (
         rows.filter(part) for part in (pl.col("row") >= len(table) + FIRST_ITEM, pl.col("row") < len(table) + FIRST_ITEM)
     )
-    kept = table.update(again.select("row", *LISTED[1:], REMOVED), on="row", how="left") if len(again) else table
+    kept = (
+        table.update(again.select("row", *LISTED[1:], *([REMOVED] if revived else [])), on="row", how="left")
+        if len(again)
+        else table
+    )
     return pl.concat([kept, new.select(table.columns).cast(table.schema)]).sort("row")
 
 
+def _measured(index: Index, vectors_VE: torch.Tensor, directory: Directory) -> dict[str, Any]:
+    """What the index is said to find, measured again where it is not exact."""
+    said: dict[str, Any] = directory.manifest["index"]
+    if index.exact:
+        return said
+    recall, _ = measure_index(index, vectors_VE, noisy(vectors_VE))
+    return {**said, **recall, "queries": NOISY}
+
+
 def _publish(
-    directory: Directory, out: Path, table: pl.DataFrame, writers: dict[str, Writer], counts: dict[str, int]
+    directory: Directory,
+    out: Path,
+    table: pl.DataFrame,
+    writers: dict[str, Writer],
+    counts: dict[str, int],
+    index: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     old = directory.manifest
     kept = {file: partial(shutil.copyfile, directory.path / file) for file in old["files"]}
@@ -164,6 +200,7 @@ def _publish(
     manifest = {
         **{key: value for key, value in old.items() if key not in ("format", "files", "hash", "id")},
         "version": __version__,
+        "index": index or old["index"],
         "before": old["id"],
         "changes": counts,
         "clock": {**old["clock"], "created": datetime.now(UTC).isoformat(timespec="seconds")},

@@ -176,6 +176,152 @@ def test_a_history_may_be_given_in_one_go_or_item_by_item(world, run, capsys):
     assert not {1, 2, 3} & {item["item_id"] for item in answers[0]["items"]}
 
 
+@pytest.fixture(scope="module")
+def described(world, run, tmp_path_factory):
+    """A bundle of a model that reads the world's titles both ways, and tables of items."""
+    folder = tmp_path_factory.mktemp("described")
+    recipe = ("--set", "model.text=both", "--set", "model.heads=2", "--set", "text.size=17")
+    assert run("train", world / "small.toml", "--dataset", world / "dataset", "--out", folder / "run", *recipe) == 0
+    assert run("export", folder / "run", "--out", folder / "bundle") == 0
+    titles = pl.read_parquet(world / "raw" / "items.parquet")["title"]
+    pl.DataFrame({"item_id": [1009, 1013], "title": titles[:2]}).write_csv(folder / "new.csv")
+    pl.DataFrame({"item_id": [5, 7], "title": ["renamed", "renamed too"]}).write_parquet(folder / "old.parquet")
+    return folder
+
+
+def manifest(bundle):
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def test_items_are_added_updated_and_removed_by_the_command(described, run, tmp_path, capsys):
+    bundle = shutil.copytree(described / "bundle", tmp_path / "bundle")
+    changes = [
+        (("add", bundle, "--items", described / "new.csv"), "2 items added"),
+        (("update", bundle, "--items", described / "old.parquet"), "2 items updated"),
+        (("remove", bundle, "--item", "1009", "7", "11"), "3 items removed"),
+    ]
+    for words, says in changes:
+        before = manifest(bundle)["id"]
+        capsys.readouterr()
+        assert run("items", *words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [f"{bundle}: bundle {manifest(bundle)['id']}, {says}"]
+        assert manifest(bundle)["before"] == before
+    for item in ("1013", "renamed", "7"):
+        assert run("recommend", bundle, "--history", item, "-k", "97", "--json") == 0
+        named = {found["item_id"] for found in json.loads(capsys.readouterr().out)["items"]}
+        assert len(named) == 97
+        assert not named & {1009, 7, 11}
+
+
+def test_another_place_for_the_new_bundle_leaves_the_old_one_alone(described, run, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in (described / "bundle").iterdir()}
+    words = (
+        ("add", described / "bundle", "--items", described / "new.csv"),
+        ("update", described / "bundle", "--items", described / "old.parquet", "--no-register"),
+        ("remove", described / "bundle", "--item", "7"),
+    )
+    for number, (verb, *rest) in enumerate(words):
+        capsys.readouterr()
+        assert run("items", verb, *rest, "--out", tmp_path / str(number)) == 0
+        assert capsys.readouterr().out.startswith(f"{tmp_path / str(number)}: bundle ")
+        assert manifest(tmp_path / str(number))["before"] == manifest(described / "bundle")["id"]
+    assert {path.name: path.read_bytes() for path in (described / "bundle").iterdir()} == before
+
+
+def test_items_of_which_nothing_is_known_are_told(described, run, tmp_path, capsys):
+    pl.DataFrame({"item_id": [2003, 2011], "title": ["", "qwertz"]}).write_csv(tmp_path / "new.csv")
+    capsys.readouterr()
+    assert run("items", "add", described / "bundle", "--items", tmp_path / "new.csv", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.strip().endswith("2 items added, 2 of them not recommended: nothing is known of them")
+
+
+def no_items_file(world, folder, tmp):
+    return ["add", folder / "bundle", "--items", tmp / "nowhere.csv"]
+
+
+def no_items_format(world, folder, tmp):
+    (tmp / "items.xlsx").write_bytes(b"PK")
+    return ["add", folder / "bundle", "--items", tmp / "items.xlsx"]
+
+
+def no_item_id(world, folder, tmp):
+    pl.DataFrame({"itemid": [1009], "title": ["x"]}).write_csv(tmp / "items.csv")
+    return ["add", folder / "bundle", "--items", tmp / "items.csv"]
+
+
+def item_there_already(world, folder, tmp):
+    return ["add", folder / "bundle", "--items", folder / "old.parquet"]
+
+
+def item_not_there(world, folder, tmp):
+    return ["update", folder / "bundle", "--items", folder / "new.csv"]
+
+
+def item_to_remove_not_there(world, folder, tmp):
+    return ["remove", folder / "bundle", "--item", "5", "1009"]
+
+
+def no_text(world, folder, tmp):
+    return ["add", world / "bundle", "--items", folder / "new.csv"]
+
+
+def no_bundle(world, folder, tmp):
+    return ["remove", tmp / "nowhere", "--item", "5"]
+
+
+def a_run(world, folder, tmp):
+    return ["remove", folder / "run" / "model", "--item", "5"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (no_items_file, "nowhere.csv: is no file of items"),
+        (no_items_format, "items.xlsx: is no file of items; give one of .csv"),
+        (no_item_id, "no column 'item_id'; did you mean 'itemid'"),
+        (item_there_already, "5 is in the bundle already"),
+        (item_not_there, "1009 is not in the bundle"),
+        (item_to_remove_not_there, "no item '1009'"),
+        (no_text, "reads no descriptions of items"),
+        (no_bundle, "no manifest.json there"),
+        (a_run, "holds a model, not a bundle"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_mistake_about_items_is_one_clear_line_and_changes_nothing(mistake, says, world, described, run, tmp_path, capsys):
+    words = mistake(world, described, tmp_path)
+    before = manifest(described / "bundle"), manifest(world / "bundle")
+    capsys.readouterr()
+    assert run("items", *words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recsys: ") or "Traceback" in line]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert (manifest(described / "bundle"), manifest(world / "bundle")) == before
+
+
+def test_the_shares_of_words_are_together_1_where_the_model_reads_words(world, described, run, capsys):
+    history = ("--history", "1", "2", "3", "5", "7", "11")
+    assert run("explain", described / "bundle", *history, "--json") == 0
+    events = json.loads(capsys.readouterr().out)
+    assert sum(event["share"] for event in events) == pytest.approx(1)
+    assert sum(share for event in events for share in event["words"].values()) == pytest.approx(1)
+    assert [bool(event["words"]) for event in events] == [False, False, True, True, True, True]  # model.text_span is 4
+    for event in events[2:]:
+        assert set(event["words"]) <= {word.strip(",.:;()").casefold() for word in event["title"].split()}
+        assert list(event["words"].values()) == sorted(event["words"].values(), reverse=True)
+    assert run("explain", described / "bundle", *history) == 0
+    assert " · " in capsys.readouterr().out
+    assert run("explain", world / "bundle", *history, "--json") == 0
+    assert all("words" not in event for event in json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("verb", ["add", "update", "remove"])
+def test_every_verb_of_items_has_help_with_an_example(verb, run, capsys):
+    assert run("items", verb, "--help") == 0
+    assert f"Example: recsys items {verb}" in capsys.readouterr().out
+
+
 VERBS = [name.name or name.callback.__name__ for name in command.app.registered_commands if name.callback]
 
 

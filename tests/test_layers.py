@@ -31,6 +31,8 @@ DOORS = {
     "mlflow": {"recsys/tracking.py"},
     "faiss": {"serving/index.py"},
     "optuna": {"training/tune.py"},
+    "sentence_transformers": {"recsys/text.py"},
+    "transformers": {"recsys/text.py"},
     "fastapi": {"serving/app.py"},
     "starlette": {"serving/app.py"},
     "uvicorn": {"serving/app.py"},
@@ -44,6 +46,8 @@ WITHIN_FUNCTIONS = {
     "torchrec": (),
     "mlflow": (),
     "optuna": (),
+    "sentence_transformers": (),
+    "transformers": (),
     "faiss": ("serving",),
     "pydantic": ("serving",),
 }

@@ -229,7 +229,7 @@ def fit(
             observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
 
         for batch in batches.starting_at(state.step):
-            _learn(state, batch.to(device), settings, loss_settings, counts_V)
+            learn(state, batch.to(device), settings, loss_settings, counts_V)
             tell(None, False)
             save(due=False)
         if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
@@ -256,9 +256,10 @@ def _refuse(model: ModelSettings, train: TrainSettings, device: torch.device) ->
         raise RecipeError('train.windows "prefixes" has one target at the end, the masked objective has many; take "all"')
 
 
-def _learn(
+def learn(
     state: State, batch: TrainingBatch, settings: TrainSettings, loss_settings: LossSettings, counts_V: torch.Tensor
 ) -> None:
+    """One step: a batch's loss, its gradient, and the change of the weights."""
     model, loss_of = state.model, LOSSES[loss_settings.kind]
     masked = model.settings.objective == "masked"
     if masked:

@@ -91,7 +91,7 @@ def softmax(
 ) -> Tensor:
     """Cross-entropy of each target over the whole catalogue."""
     everything_S = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
-    positives_NE, items_SE = model.vectors(targets_N, generator), model.item_vectors(model.items, generator)
+    positives_NE, items_SE = model.vectors(targets_N, generator), model.candidates(generator)
     odds_S = states_NE.new_ones(model.items)
     return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, odds_S, seen, _cross_entropy)
 

@@ -104,9 +104,10 @@ def train(
 
 def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | None = None) -> tuple[ContentEncoder, Content]:
     """The encoder, fitted on the items with training events, and what it makes of all items."""
-    described, cache = dataset.described, cache_folder() / "text.sqlite"
-    encoder = ContentEncoder.fit(described.take(dataset.manifest["warm_items"]), settings, cache, progress)
-    return encoder, encoder.encode(described, cache, progress)
+    described, cache, learnt = dataset.described, cache_folder() / "text.sqlite", dataset.manifest["warm_items"]
+    encoder = ContentEncoder.fit(described.take(learnt), settings, cache, progress)
+    content, events = encoder.encode(described, cache, progress), dataset.items["events"].to_list()
+    return encoder, content.with_neighbours(range(len(content)), learnt, events, settings.neighbours)
 
 
 def run_key(recipe: Recipe, digest: str) -> str:

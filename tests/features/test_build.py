@@ -33,7 +33,7 @@ ROWS = st.lists(st.tuples(USERS, ITEMS, TIMES, ORDERS), max_size=23)
 GOOD: list[Row] = [("1", "2", "17", "1"), ("1", "3", "19", "2"), ("8", "2", "17", "1")]
 ITEM_ROWS = st.lists(st.tuples(st.sampled_from(["2", "3", "5", "17", "", "x"]), st.sampled_from(["a", "b", None])), max_size=7)
 LAYOUTS = st.sampled_from([{}, {"order": "order"}, {"repeats": "keep"}, {"timestamp": "", "order": "order"}])
-SPLITS = st.sampled_from([{}, {"method": "global_time", "test_start": 23, "validation_days": 0}])
+SPLITS = st.sampled_from([{}, {"method": "global_time", "test_start": 23, "validation_days": 0}, {"cold_one_in": 5}])
 
 
 def events_of(rows: Sequence[Row]) -> pl.DataFrame:
@@ -119,11 +119,11 @@ def test_a_small_data_set_is_as_known(folder: Path, build_in: Build) -> None:
     items = pl.DataFrame({"item_id": [10, 20, 50], "title": ["Ten", None, "Fifty"], "kinds": ["a| b|a", None, ""]})
     found = build_in(folder, events, items=items, text_columns=["title", "kinds"], category_columns=["kinds"])
     assert found.items.rows() == [
-        (FIRST_ITEM, 20, "", "", [], 2),
-        (FIRST_ITEM + 1, 10, "Ten", "title: Ten; kinds: a| b|a", ["a", "b"], 1),
-        (FIRST_ITEM + 2, 30, None, "", [], 1),
-        (FIRST_ITEM + 3, 40, None, "", [], 0),
-        (FIRST_ITEM + 4, 50, "Fifty", "title: Fifty", [], 0),
+        (FIRST_ITEM, 20, "", "", [], [], 2),
+        (FIRST_ITEM + 1, 10, "Ten", "title: Ten; kinds: a| b|a", ["a", "b"], [], 1),
+        (FIRST_ITEM + 2, 30, None, "", [], [], 1),
+        (FIRST_ITEM + 3, 40, None, "", [], [], 0),
+        (FIRST_ITEM + 4, 50, "Fifty", "title: Fifty", [], [], 0),
     ]
     assert found.titles == ["20", "Ten", "30", "40", "Fifty"]
     assert pl.read_parquet(found.path / "sequences.parquet").rows() == [
@@ -242,6 +242,7 @@ def test_an_append_that_does_not_fit_is_refused(data: dict[str, Any], says: str,
         {"text_columns": ["kind"]},
         {"category_columns": ["kind"]},
         {"category_columns": ["kind"], "category_separator": ""},
+        {"number_columns": ["place"]},
         {"events": "events-0*"},
         {"items": "more*"},
         {"users": "items*"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from features.build import build
 from features.dataset import Dataset
-from features.files import find_files
+from features.files import FORMATS, find_files, read_items
+from features.schema import DataSettings
 from recsys.config import Recipe
 from recsys.errors import DataError
 
@@ -122,3 +124,35 @@ def test_what_cannot_be_read_is_one_line(case: str, tmp_path: Path) -> None:
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir() if path.name != "raw"] == []
+
+
+@pytest.mark.parametrize("name", ["items.csv", "items.tsv", "items.parquet", "items.jsonl", "items.csv.gz"])
+def test_an_items_table_is_read_by_itself_with_the_columns_that_the_settings_name(folder: Path, name: str) -> None:
+    table = pl.DataFrame({"sku": [17, 3], "item_id": ["x", "y"], "title": ["q", "c"]})
+    writers: dict[str, Callable[[Path], object]] = {
+        "items.tsv": lambda path: table.write_csv(path, separator="\t"),
+        "items.parquet": table.write_parquet,
+        "items.jsonl": table.write_ndjson,
+        "items.csv.gz": lambda path: path.write_bytes(gzip.compress(table.write_csv().encode())),
+    }
+    writers.get(name, table.write_csv)(folder / name)
+    found = read_items(folder / name, DataSettings(item_id="sku")).collect()
+    assert found.equals(pl.DataFrame({"item_id": [17, 3], "item_id_raw": ["x", "y"], "title": ["q", "c"]}))
+    assert read_items(folder / name, DataSettings(source="ml-1m", item_id="sku")).collect()["item_id"].to_list() == ["x", "y"]
+
+
+def test_an_items_table_of_no_known_format_or_without_its_id_is_one_line(folder: Path) -> None:
+    ITEMS.write_csv(folder / "items.csv")
+    (folder / "items.xlsx").write_bytes(b"PK")
+    (folder / "empty.csv").touch()
+    wrong = {"items.xlsx": "is no file of items; give one of .csv", "gone.csv": "is no file of items", "empty.csv": "is empty"}
+    for name, says in wrong.items():
+        with pytest.raises(DataError, match=f"{name}: .*{says}"):
+            read_items(folder / name, DataSettings())
+    with pytest.raises(DataError, match="is no file of items"):
+        read_items(folder, DataSettings())
+    with pytest.raises(DataError, match=r"items\.csv: no column 'itemid'; did you mean 'item_id'") as error:
+        read_items(folder / "items.csv", DataSettings(item_id="itemid"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=re.escape(", ".join(FORMATS))):
+        read_items(folder / "items.xlsx", DataSettings())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.batch import PADDING, Batch, Sequences, gather, group_by_length
+from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch, Sequences, gather, group_by_length
 
 histories = st.lists(st.lists(st.integers(2, 101), max_size=11), min_size=1, max_size=7)
 
@@ -64,3 +64,20 @@ def test_a_test_history_includes_validation_and_a_validation_history_does_not():
     assert [part.tolist() for part in sequences.windows("test")] == [[0, 5], [4, 10], [5, 11]]
     with pytest.raises(ValueError, match="none of train, validation, test"):
         sequences.windows("tomorrow")
+
+
+@given(st.lists(st.lists(st.integers(UNKNOWN, FIRST_ITEM + 13), max_size=11), min_size=1, max_size=7), st.integers(1, 13))
+def test_what_is_learnable_is_the_training_parts_without_events_of_further_items(rows, items):
+    batch = Batch.of(rows, [[10 * place for place in range(len(history))] for history in rows])
+    train_end, validation_end = (batch.lengths - 2).clamp(min=0), (batch.lengths - 1).clamp(min=0)
+    sequences = Sequences(batch.values.int(), batch.times, batch.offsets, train_end, validation_end)
+    found = sequences.learnable(items)
+    kept = [[(row, 10 * place) for place, row in enumerate(history[:-2]) if row < FIRST_ITEM + items] for history in rows]
+    begins, ends, _ = found.windows("train")
+    learnt = gather(found.items, found.times, begins, ends)
+    assert learnt.values.tolist() == [row for history in kept for row, _ in history]
+    assert learnt.times.tolist() == [time for history in kept for _, time in history]
+    assert learnt.lengths.tolist() == [len(history) for history in kept]
+    assert found.items.dtype == torch.int32
+    assert (found is sequences) == (kept == [[(row, 10 * place) for place, row in enumerate(h[:-2])] for h in rows])
+    assert torch.equal(found.training_counts(items), sequences.training_counts(items))

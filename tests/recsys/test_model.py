@@ -201,7 +201,11 @@ CHANGES = {
     "temperature": 0.5,
 }
 NEEDS = {"attention": {"span": 3}, "span": {"attention": "block_sparse"}, "request_time": {"time": "relative"}}
-ELSEWHERE = {"embedding": "both backends, below", "early_exit": "what is learnt: tests/training/test_loop.py"}
+ELSEWHERE = {
+    "embedding": "both backends, below",
+    "early_exit": "what is learnt: tests/training/test_loop.py",
+    **dict.fromkeys(("text", "text_span", "ids", "id_dropout"), "tests/recsys/test_fusion.py"),
+}
 
 
 @pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(ModelSettings) if f.name not in ELSEWHERE])

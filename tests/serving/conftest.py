@@ -1,9 +1,10 @@
-"""A data set, an untrained run and a bundle of every kind; the weights are drawn so large that attention matters."""
+"""Data sets, untrained runs and bundles of every kind; the weights are drawn so large that attention matters."""
 
 from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
@@ -15,12 +16,26 @@ from features.build import build
 from features.dataset import Dataset
 from recsys.bundle import publish
 from recsys.config import Recipe
+from recsys.content import CONTENT, ENCODER, ContentEncoder
 from recsys.model import WEIGHTS, ModelSettings, SequenceModel
+from recsys.text import TextSettings
 from serving.catalogue import ITEMS
 from serving.export import export
 from serving.index import INDEXES, IndexSettings
 
 USERS, LISTED, LENGTH = 211, 997, 50
+GOODS = 499
+KINDS = ["lamp", "scarf", "kettle", "violin", "tent", "carpet", "teapot"]
+TEXTS = {
+    "lamp": "brass desk lamp with a green shade",
+    "scarf": "woven scarf of merino wool",
+    "kettle": "cast iron stove kettle",
+    "violin": "maple violin and two bows",
+    "tent": "light tent for three hikers",
+    "carpet": "knotted carpet from Shiraz",
+    "teapot": "blue porcelain teapot",
+}
+"""Of the goods of a shop; no word stands in two of them."""
 
 
 @pytest.fixture(scope="session")
@@ -40,18 +55,52 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(folder / "dataset")
 
 
-def write_run(run: Path, dataset: Dataset, seed: int = 0, **settings: object) -> Path:
+def write_shop(folder: Path, **split: object) -> Dataset:
+    """Goods of seven kinds; those of a kind have one text, one category and one price, and a user has goods of one kind."""
+    draw = random.Random(7)
+    events = [
+        (user, user % 7 + 7 * int(GOODS // 7 * draw.random()), 1_000_000 * user + 60 * place)
+        for user in range(101)
+        for place in range(draw.randrange(3, 23))
+    ]
+    folder.mkdir(exist_ok=True)
+    pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(folder / "events.parquet")
+    goods(range(GOODS)).write_parquet(folder / "items.parquet")
+    build(folder, Recipe("shop", {"data": SHOP, "split": split}), folder / "dataset")
+    return Dataset.open(folder / "dataset")
+
+
+SHOP = {"category_columns": ("kind",), "number_columns": ("price",)}
+
+
+def goods(item_ids: Iterable[int], **columns: object) -> pl.DataFrame:
+    """Rows of the shop's items table; a good's kind is its id's remainder by 7, unless `columns` say otherwise."""
+    ids = pl.Series("item_id", list(item_ids), pl.Int64)
+    kinds = [KINDS[item_id % 7] for item_id in ids]
+    table = pl.DataFrame({"item_id": ids, "title": [TEXTS[kind] for kind in kinds], "kind": kinds})
+    return table.with_columns(price=(ids % 7).cast(pl.Float64)).with_columns(**columns)
+
+
+def write_run(run: Path, dataset: Dataset, seed: int = 0, scale: float = 7, **settings: object) -> Path:
     chosen = ModelSettings(**{"embedding_size": 24, "hidden_size": 41, "heads": 2, "length": LENGTH, **settings})  # type: ignore[arg-type]
-    model = SequenceModel(chosen, dataset.manifest["warm_items"]).initialise(torch.Generator().manual_seed(seed))
+    warm, content, texts = dataset.manifest["warm_items"], None, {}
+    if chosen.text != "none":
+        encoder = ContentEncoder.fit(dataset.described.take(warm), TextSettings(size=31))
+        content = encoder.encode(dataset.described)
+        texts = {CONTENT: content.save, ENCODER: encoder.save}
+    model = SequenceModel(chosen, warm, content).initialise(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and not name.startswith("table"):
-                parameter.mul_(7)
+            if name.endswith("gate"):
+                parameter.fill_(1)
+            elif parameter.ndim > 1 and not name.startswith("table"):
+                parameter.mul_(scale)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    about = {name: dataset.manifest["settings"][name] for name in ("data", "split")}
     manifest = {
         "kind": "model",
         "name": "made-up",
-        "recipe": {"model": chosen.as_dict()},
+        "recipe": {**about, "model": chosen.as_dict(), "text": TextSettings(size=31).as_dict()},
         "items": model.items,
         "dataset": {"hash": dataset.manifest["hash"]},
         "quality": {"validation": {"ndcg@10": 0.0}},
@@ -60,6 +109,7 @@ def write_run(run: Path, dataset: Dataset, seed: int = 0, **settings: object) ->
     writers = {
         WEIGHTS: lambda path: save_file(weights, path),
         ITEMS: lambda path: _copy(dataset.path / ITEMS, path),
+        **texts,
     }
     publish(run / "model", writers, manifest)
     return run
@@ -79,4 +129,24 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, run: Path, dataset: Datase
     folder = tmp_path_factory.mktemp("bundles")
     for kind in INDEXES:
         export(run, folder / kind, IndexSettings(kind=kind, probes=5), dataset)
+    return {kind: folder / kind for kind in INDEXES}
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def shop_run(tmp_path_factory: pytest.TempPathFactory, shop: Dataset) -> Path:
+    """Of a model that reads descriptions both ways, so that a state stands near the goods of its history."""
+    run = tmp_path_factory.mktemp("shop-run") / "run"
+    return write_run(run, shop, scale=1, text="both", similarity="cosine", temperature=0.1)
+
+
+@pytest.fixture(scope="session")
+def shop_bundles(tmp_path_factory: pytest.TempPathFactory, shop_run: Path, shop: Dataset) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("shop-bundles")
+    for kind in INDEXES:
+        export(shop_run, folder / kind, IndexSettings(kind=kind, probes=3), shop)
     return {kind: folder / kind for kind in INDEXES}

@@ -1,4 +1,4 @@
-"""Popularity and item-kNN, by hand and by one contract."""
+"""Popularity, item-kNN and mean text, by hand and by one contract."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, Sequences
-from serving.baselines import BASELINES, HALF_LIFE, ItemKNN, Popularity
+from recsys.content import Described
+from serving.baselines import BASELINES, HALF_LIFE, ItemKNN, MeanText, Popularity, Ranked
 
 
 def sequences(histories: list[list[int]], held_out: int = 0) -> Sequences:
@@ -43,3 +44,65 @@ def test_item_knn_is_the_cosine_of_item_columns_summed_over_a_fading_history() -
     fade = 0.5 ** (1 / HALF_LIFE)
     wanted_BV = [[near, 0, far, 0], [0, near * fade, near * fade, 0], [near * (1 + fade), far, far * fade, 0]]
     torch.testing.assert_close(scores_BV, torch.tensor(wanted_BV))
+
+
+def test_baselines_know_no_event_of_an_item_that_is_not_learnt() -> None:
+    histories = [[0, 5, 1], [5, 0, 6, 1, 2, 6], [0, 5, 0, 2], [6, 3], [5]]
+    without = [[line for line in history if line < 5] for history in histories]
+    batch = Batch.of([[FIRST_ITEM + line for line in history] for history in histories])
+    for fit in BASELINES.values():
+        known, plain = (fit(sequences(part).learnable(5), 5) for part in (histories, without))
+        assert known.baseline.scores(batch).shape == (5, 5)
+        assert torch.equal(known.baseline.scores(batch), plain.baseline.scores(batch))
+        assert int(known.recommend(batch, 7).rows.max()) < FIRST_ITEM + 5
+
+
+def plain_similarity(texts: list[str], kinds: list[list[str]], histories: list[list[int]]) -> list[list[float]]:
+    """Cosine of the mean of a history with each item, where each word and each kind is a direction of its own."""
+
+    def unit(vector: dict[str, float]) -> dict[str, float]:
+        length = math.sqrt(sum(value * value for value in vector.values())) or 1.0
+        return {name: value / length for name, value in vector.items()}
+
+    def of(text: str, own: list[str]) -> dict[str, float]:
+        return unit({text: 1.0} | unit({f"kind {kind}": 1.0 for kind in own}))
+
+    vectors = [of(text, own) for text, own in zip(texts, kinds, strict=True)]
+    scores = []
+    for history in histories:
+        total: dict[str, float] = {}
+        for line in history:
+            for name, value in vectors[line].items():
+                total[name] = total.get(name, 0.0) + value
+        mean = unit(total)
+        scores.append([sum(mean.get(name, 0.0) * value for name, value in vector.items()) for vector in vectors])
+    return scores
+
+
+def test_mean_text_is_the_cosine_with_the_mean_of_the_history() -> None:
+    """Texts without a word in common are as many directions, whatever the singular vectors."""
+    texts = ["brass lamp", "scarf", "kettle", "scarf", "brass lamp", "brass lamp", "kettle", "scarf"]
+    kinds = [["red"], ["blue"], ["red", "old"], [], ["blue", "old", "red"], ["blue"], [], ["unheard"]]
+    described = Described(texts, kinds, [[]] * 8)
+    histories = [[0, 1, 1], [3], [4, 6], [7]]
+    unseen = [{5, 6, 7}, {5, 6, 7}, {5, 7}, {5, 6}]
+    baseline = MeanText(described, 7, torch.ones(8, dtype=torch.bool))
+    batch = Batch.of([[FIRST_ITEM + line for line in history] for history in histories])
+    scores_BV = torch.tensor(plain_similarity(texts, [*kinds[:7], []], histories))
+    torch.testing.assert_close(baseline.scores(batch), scores_BV, rtol=1e-5, atol=1e-5)
+    among_V = torch.arange(8) >= 5
+    few_BV = baseline.among(among_V).scores(batch)
+    torch.testing.assert_close(few_BV, scores_BV.masked_fill(~among_V, -torch.inf), rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(baseline.scores(batch)).all(), "the first one ranks all items still"
+    beyond = Batch.of([[FIRST_ITEM + 3, FIRST_ITEM + 8]])
+    torch.testing.assert_close(baseline.scores(beyond), baseline.scores(Batch.of([[FIRST_ITEM + 3]])))
+    rows = Ranked(baseline.among(among_V)).recommend(batch, 5).rows
+    assert [set(row) - {PADDING} for row in rows.tolist()] == [{FIRST_ITEM + line for line in few} for few in unseen]
+
+
+def test_a_text_that_no_component_holds_is_near_to_nothing() -> None:
+    texts = ["lamp", "scarf", "kettle", "lamp", "scarf", "kettle", "stool"]  # the least of four directions is cut
+    baseline = MeanText(Described(texts, [[]] * 7, [[]] * 7), 7, torch.ones(7, dtype=torch.bool))
+    scores_BV = baseline.scores(Batch.of([[FIRST_ITEM], [FIRST_ITEM + 1], [FIRST_ITEM + 2], [FIRST_ITEM + 6]]))
+    assert (scores_BV[:, 6].abs() < 1e-3).all()
+    assert (scores_BV[3].abs() < 1e-3).all()

@@ -64,3 +64,19 @@ def test_a_grown_data_set_is_read_in_the_rows_of_the_model(dataset: Dataset, tmp
     assert new[0] == new[2] != new[1]
     assert min(new) >= FIRST_ITEM + len(catalogue)
     assert torch.equal(aligned.offsets, grown.sequences.offsets)
+
+
+def test_what_was_removed_and_how_items_are_described_is_known_by_row(tmp_path: Path) -> None:
+    table = {"row": [2, 3], "item_id": [7, 5], "title": ["q", None], "text": ["kind: x", ""], "events": [3, 0]}
+    whole = pl.DataFrame(table).with_columns(
+        categories=pl.Series([["x", "y"], []], dtype=pl.List(pl.String)), numbers=pl.Series([[2.5, None], []])
+    )
+    whole.write_parquet(tmp_path / "items.parquet")
+    plain = Catalogue(tmp_path / "items.parquet")
+    assert plain.table.equals(whole.with_columns(removed=pl.lit(False)))
+    assert plain.removed.tolist() == [False, False]
+    assert list(plain.described.texts) == ["kind: x", ""]
+    assert list(plain.described.categories) == [["x", "y"], []]
+    assert list(plain.described.numbers) == [[2.5, None], []]
+    whole.with_columns(removed=pl.Series([False, True])).write_parquet(tmp_path / "items.parquet")
+    assert Catalogue(tmp_path / "items.parquet").removed.tolist() == [False, True]

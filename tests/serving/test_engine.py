@@ -99,6 +99,9 @@ KINDS = [
     {"objective": "masked", "attention": "block_sparse", "span": 8},
     {"objective": "masked", "positions": "relative", "time": "gaps", "request_time": True},
     {"blocks": 4, "distinct_blocks": 2, "early_exit": True},
+    {"text": "both", "text_span": 5, "similarity": "cosine"},
+    {"text": "cross", "objective": "masked", "text_span": 3},
+    {"text": "pooled", "ids": False, "block": "hstu", "positions": "relative"},
 ]
 
 
@@ -390,8 +393,8 @@ def test_no_altered_bit_of_what_a_manifest_says_changes_what_is_served(bundles: 
 def test_a_bundle_of_another_format_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bundles["exact"], tmp_path / "bundle")
     manifest = tmp_path / "bundle" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(BundleError, match="format 2"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(BundleError, match="format 1"):
         Recommender.load(tmp_path / "bundle")
 
 

@@ -10,13 +10,14 @@ import torch
 
 from features.build import build
 from features.dataset import Dataset
+from features.split import SplitSettings, is_cold
 from recsys.batch import FIRST_ITEM, Batch, gather
 from recsys.config import Recipe
 from recsys.errors import DataError, RequestError
 from recsys.metrics import measure, new_targets, target_ranks
 from serving.engine import Recommender
 from serving.evaluate import Report, evaluate
-from tests.serving.conftest import write_run
+from tests.serving.conftest import write_run, write_shop
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,98 @@ def test_what_cannot_be_judged_is_refused(wrong: dict[str, str], named: str, run
 
 def test_an_empty_batch_has_no_targets() -> None:
     assert len(new_targets(Batch.of([[]]), Batch.of([[]]))[0]) == 0
+
+
+@pytest.fixture(scope="module")
+def partly_cold(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_shop(tmp_path_factory.mktemp("cold"), cold_one_in=3)
+
+
+@pytest.fixture(scope="module")
+def by_text(tmp_path_factory: pytest.TempPathFactory, partly_cold: Dataset) -> Recommender:
+    run = write_run(tmp_path_factory.mktemp("by-text") / "run", partly_cold, scale=1, text="both", similarity="cosine")
+    return Recommender.load(run)
+
+
+@pytest.fixture(scope="module")
+def sliced(by_text: Recommender, partly_cold: Dataset) -> Report:
+    return evaluate(by_text, partly_cold, ks=(3, 11), depth=499)
+
+
+def last_items(dataset: Dataset, cold: bool | None = None) -> dict[int, set[int]]:
+    """The target of every user who had it not before; of those alone that are cold, or are not."""
+    events = dataset.events.collect().group_by("user_id", maintain_order=True).agg("item_id")
+    targets = {user: (items[:-1], items[-1]) for user, items in events.iter_rows() if items[-1] not in items[:-1]}
+    frozen = is_cold(pl.Series([item for _, item in targets.values()]), SplitSettings(cold_one_in=3))
+    named = zip(targets.items(), frozen, strict=True)
+    return {user: {item} for (user, (_, item)), is_ in named if cold is None or is_ == cold}
+
+
+def test_the_figures_of_warm_and_cold_targets_are_those_of_the_lists_and_together_those_of_all(
+    sliced: Report, partly_cold: Dataset
+) -> None:
+    targets = {name: last_items(partly_cold, cold) for name, cold in (("all", None), ("warm", False), ("cold", True))}
+    assert len(targets["all"]) == len(targets["warm"]) + len(targets["cold"]) == sliced.users
+    assert min(map(len, targets.values())) > 20
+    for k in (3, 11):
+        for slice_ in ("warm", "cold"):
+            for name, value in score(sliced.frame(), targets[slice_], k).items():
+                assert sliced.slices[slice_]["model"][name] == pytest.approx(value, abs=1e-9)
+        for lister, whole in sliced.figures.items():
+            parts = [sliced.slices[slice_][lister][f"ndcg@{k}"] * len(targets[slice_]) for slice_ in ("warm", "cold")]
+            assert sum(parts) == pytest.approx(whole[f"ndcg@{k}"] * sliced.users)
+    assert 0 < sliced.slices["cold"]["model"]["recall@11"] < 1
+
+
+def test_cold_among_cold_ranks_the_cold_items_alone(sliced: Report, by_text: Recommender, partly_cold: Dataset) -> None:
+    s, ids = partly_cold.sequences, partly_cold.items["item_id"]
+    begins, ends, targets = s.windows("test")
+    history, future = gather(s.items, s.times, begins, ends), gather(s.items, s.times, ends, targets)
+    scores = (by_text.encode(history).double() @ by_text.scan.vectors_VE.double().T).float()
+    scores[history.owners, history.values - FIRST_ITEM] = -torch.inf
+    cold = torch.tensor(is_cold(ids, SplitSettings(cold_one_in=3)).to_numpy())
+    scores[:, ~cold] = -torch.inf
+    owners, wanted = new_targets(history, future)
+    chosen = cold[wanted - FIRST_ITEM]
+    ranks = target_ranks(scores, owners[chosen], wanted[chosen] - FIRST_ITEM)
+    for name, value in measure(ranks, owners[chosen], len(begins), (3, 11)).items():
+        assert sliced.slices["cold among cold"]["model"][name] == pytest.approx(value, abs=1e-9)
+        assert sliced.slices["cold among cold"]["model"][name] > sliced.slices["cold"]["model"][name]
+
+
+def test_baselines_find_no_cold_target_and_mean_text_does(sliced: Report) -> None:
+    assert set(sliced.slices) == {"warm", "cold", "cold among cold"}
+    assert set(sliced.slices["cold"]) == set(sliced.slices["warm"]) == set(sliced.figures)
+    assert set(sliced.slices["cold among cold"]) == {"model", "mean text"}
+    for name in ("popularity", "item-kNN"):
+        assert set(sliced.slices["cold"][name].values()) == {0.0}
+        assert sliced.slices["warm"][name]["recall@11"] > 0
+    assert sliced.slices["cold among cold"]["mean text"]["recall@11"] > 0
+    assert sliced.slices["cold among cold"]["mean text"]["ndcg@3"] >= sliced.slices["cold"]["mean text"]["ndcg@3"]
+
+
+def test_slices_stand_in_the_report_as_json_and_as_lines(sliced: Report) -> None:
+    shown = json.loads(json.dumps(sliced.as_dict()))
+    assert shown["slices"] == sliced.slices
+    assert set(shown["baselines"]) == {"popularity", "item-kNN", "mean text"}
+    names = [name for name, _ in sliced.rows()]
+    assert names[: len(sliced.figures)] == list(sliced.figures)
+    assert {"model: cold", "mean text: cold among cold", "popularity: warm"} <= set(names)
+
+
+def test_there_are_no_slices_where_no_item_is_cold(report: Report) -> None:
+    assert report.slices == {}
+    assert "slices" not in report.as_dict()
+
+
+def test_without_baselines_the_model_alone_is_sliced(by_text: Recommender, partly_cold: Dataset, sliced: Report) -> None:
+    alone = evaluate(by_text, partly_cold, ks=(3, 11), baselines=False)
+    assert set(alone.figures) == {"model"}
+    assert alone.slices == {slice_: {"model": by["model"]} for slice_, by in sliced.slices.items()}
+
+
+def test_a_model_without_text_misses_every_cold_target(partly_cold: Dataset, tmp_path: Path) -> None:
+    report = evaluate(Recommender.load(write_run(tmp_path / "run", partly_cold)), partly_cold, baselines=False)
+    for slice_ in ("cold", "cold among cold"):
+        assert set(report.slices[slice_]["model"].values()) == {0.0}
+    assert report.slices["warm"]["model"]["recall@50"] > 0

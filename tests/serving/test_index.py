@@ -36,6 +36,14 @@ def recall(index: Index | Scan, allowed_V: torch.Tensor | None = None, n: int = 
     return sum(int(torch.isin(truth, found).sum()) for truth, found in pairs) / (QUERIES * n)
 
 
+def recall_of_own(index: Index, vectors_VE: torch.Tensor, lines_B: torch.Tensor) -> float:
+    """Share of lines that are among the N found by their own vector, of those that are so in truth."""
+    truth_BN = (vectors_VE[lines_B] @ vectors_VE.T).topk(N).indices
+    among_B = (truth_BN == lines_B[:, None]).any(1)
+    found_BN, _ = index.search(vectors_VE[lines_B][among_B], N)
+    return float((found_BN == lines_B[among_B, None]).any(1).float().mean())
+
+
 def test_an_index_finds_nearly_what_an_exact_search_finds(index: Index) -> None:
     assert recall(index) > (0.99999 if index.exact else 0.9)
 
@@ -74,6 +82,31 @@ def test_an_index_is_read_as_it_was_written_and_written_the_same_again(index: In
     assert (tmp_path / INDEX).read_bytes() == (tmp_path / "again").read_bytes()
     for left, right in zip(index.search(QUERIES_BE, N), read.search(QUERIES_BE, N), strict=True):
         assert torch.equal(left, right)
+
+
+def test_items_appended_to_an_index_are_found_as_if_they_had_been_there(index: Index, tmp_path: Path) -> None:
+    fewer = Index.build(vectors()[:-101], index.settings)
+    fewer.write(tmp_path / INDEX)
+    grown = Index.load(tmp_path / INDEX, index.kind, index.settings, (ITEMS - 101, WIDTH))
+    grown.append(vectors()[-101:])
+    assert recall(grown) > (0.99999 if index.exact else 0.9)
+    if index.exact:
+        for left, right in zip(grown.search(QUERIES_BE, N), index.search(QUERIES_BE, N), strict=True):
+            assert torch.equal(left, right)
+    assert recall_of_own(grown, vectors(), torch.arange(ITEMS - 101, ITEMS)) > 0.95
+    grown.write(tmp_path / INDEX)
+    Index.load(tmp_path / INDEX, index.kind, index.settings, (ITEMS, WIDTH))
+
+
+def test_an_index_that_is_filled_anew_holds_the_new_vectors_alone(index: Index) -> None:
+    moved = vectors()[torch.arange(ITEMS - 1, -1, -1)]
+    index.refill(torch.cat([moved, vectors(53, seed=5)]))
+    lines_BN, scores_BN = index.search(QUERIES_BE, N, torch.arange(ITEMS + 53) < ITEMS)
+    truth_BN = (QUERIES_BE @ moved.T).topk(N).indices
+    pairs = zip(truth_BN, lines_BN, strict=True)
+    assert sum(int(torch.isin(truth, found).sum()) for truth, found in pairs) > (0.99999 if index.exact else 0.85) * QUERIES * N
+    torch.testing.assert_close(scores_BN, (QUERIES_BE[:, None] * moved[lines_BN]).sum(2), rtol=0.02, atol=0.1)
+    assert recall_of_own(index, torch.cat([moved, vectors(53, seed=5)]), torch.arange(ITEMS, ITEMS + 53)) > 0.95
 
 
 def test_an_index_of_other_items_is_refused(index: Index, tmp_path: Path) -> None:

@@ -4,8 +4,19 @@ import pytest
 import torch
 
 from recsys.batch import FIRST_ITEM, Sequences
+from recsys.content import Content, ContentEncoder, Described
+from recsys.text import TextSettings
 
 RING = 29
+COLOURS = ("red", "blue", "pink", "grey", "teal")
+SHAPES = ("cube", "ball", "cone", "disc", "ring", "star", "line")
+
+
+def ring_content(settings: TextSettings) -> Content:
+    """No two items have the same text; that of an item tells the one of the next. The last is of a category of its own."""
+    texts = [f"{COLOURS[item % 5]} {SHAPES[item % 7]}" for item in range(RING)]
+    described = Described(texts, [["last"] if item == RING - 1 else ["other"] for item in range(RING)], [[]] * RING)
+    return ContentEncoder.fit(described, settings).encode(described)
 
 
 @pytest.fixture

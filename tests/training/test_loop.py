@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from recsys.attention import PATTERNS, POSITIONS, TIMES
-from recsys.batch import FIRST_ITEM, UNKNOWN, Sequences
+from recsys.batch import FIRST_ITEM, UNKNOWN, Batch, Sequences
 from recsys.blocks import BLOCKS
+from recsys.content import ContentEncoder, Described
 from recsys.errors import DataError, RecipeError, RecsysError
-from recsys.model import ModelSettings
-from tests.training.conftest import RING
+from recsys.model import ModelSettings, SequenceModel
+from recsys.text import TextSettings
+from tests.training.conftest import COLOURS, RING, SHAPES, ring_content
 from training.data import WINDOWS
 from training.loop import Observation, TrainSettings, choose_device, fit
 from training.losses import LOSSES, LossSettings
@@ -22,13 +24,16 @@ MODEL = ModelSettings(embedding_size=16, blocks=1, heads=2, hidden_size=23, leng
 TRAIN = TrainSettings(epochs=4, batch_tokens=307)
 LOSS = LossSettings(negatives=13)
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, warmup_steps=5)
+TEXT = TextSettings(size=19, tokens=3, vocabulary=997)
 
 
-def learn(sequences, *changed, **options):
-    """`fit` on the ring with the settings above, but for those given."""
+def learn(sequences, *changed, items=RING, content=None, **options):
+    """`fit` on the ring with the settings above, but for those given; its items are described where the model reads it."""
     given = {type(settings): settings for settings in changed}
-    chosen = [given.get(type(settings), settings) for settings in (MODEL, TRAIN, LOSS, OPTIMIZER)]
-    return fit(sequences, RING, *chosen, **options)
+    model, *_, text = chosen = [given.get(type(settings), settings) for settings in (MODEL, TRAIN, LOSS, OPTIMIZER, TEXT)]
+    if content is None and model.text != "none":
+        content = ring_content(text)
+    return fit(sequences, items, *chosen, content=content, **options)
 
 
 def same(one, other) -> bool:
@@ -50,6 +55,21 @@ LEARNERS = {
     "early exit": [dataclasses.replace(MODEL, blocks=3, early_exit=True)],
     "average": [dataclasses.replace(OPTIMIZER, ema=0.95)],
     "masked": [dataclasses.replace(MODEL, objective="masked", dropout=0.0), dataclasses.replace(TRAIN, epochs=60)],
+    **{f"text {kind}": [dataclasses.replace(MODEL, text=kind)] for kind in ("pooled", "cross", "both")},
+    **{
+        f"text alone, {encoder}": [
+            dataclasses.replace(MODEL, text="both", ids=False),
+            dataclasses.replace(TEXT, encoder=encoder),
+            dataclasses.replace(TRAIN, epochs=30),
+        ]
+        for encoder in ("lsa", "tokens")
+    },
+    "dropped ids": [dataclasses.replace(MODEL, text="pooled", id_dropout=0.5)],
+    "text in bfloat16": [dataclasses.replace(MODEL, text="both"), dataclasses.replace(TRAIN, precision="bfloat16")],
+    "masked text": [
+        dataclasses.replace(MODEL, objective="masked", dropout=0.0, text="both"),
+        dataclasses.replace(TRAIN, epochs=60),
+    ],
 }
 
 
@@ -68,6 +88,86 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(ring):
     assert not same(first, learn(ring, dataclasses.replace(TRAIN, seed=1)))
 
 
+@pytest.mark.parametrize("text", ["pooled", "cross", "both"])
+def test_token_states_that_are_learnt_change_while_training_and_given_ones_are_no_weights(ring, text):
+    settings = dataclasses.replace(MODEL, text=text)
+    state = learn(ring, settings, dataclasses.replace(TEXT, encoder="tokens"))
+    fresh = SequenceModel(settings, RING, ring_content(dataclasses.replace(TEXT, encoder="tokens")), TEXT.vocabulary)
+    before_WP = fresh.initialise(torch.Generator().manual_seed(TRAIN.seed)).content.states_WP
+    moved = (state.model.content.states_WP - before_WP).abs().amax(1) > 1e-3
+    read = set(state.model.content.tokens_RL.flatten().tolist()) - {0}
+    assert set(moved.nonzero().flatten().tolist()) == read
+    assert not {name for name in learn(ring, settings).model.state_dict() if name.startswith("content.")}
+
+
+ALL, COLD = len(COLOURS) * len(SHAPES), len(COLOURS)
+"""Items of the world below, and those of them that no event is learnt of: one of each colour."""
+
+
+def shelves() -> tuple[Sequences, Sequences, Described]:
+    """Users walk along the shapes of one colour: first those who learn, then those whose next item is cold.
+
+    A cold item is in no history. The last rows are theirs.
+    """
+    cold = [(colour, 3 * colour % len(SHAPES)) for colour in range(len(COLOURS))]
+    known = [(colour, shape) for colour in range(len(COLOURS)) for shape in range(len(SHAPES)) if (colour, shape) not in cold]
+    rows = {pair: FIRST_ITEM + place for place, pair in enumerate(known + cold)}
+    walks = [[rows[colour, (shape + step) % len(SHAPES)] for step in range(1, len(SHAPES))] for colour, shape in cold]
+    learnt = [walk[start:end] for walk in walks for start in range(5) for end in range(start + 2, 7)]
+    asked = [[*walk[start:], rows[pair]] for walk, pair in zip(walks, cold, strict=True) for start in range(5)]
+    texts = [f"{COLOURS[colour]} {SHAPES[shape]}" for colour, shape in known + cold]
+
+    def of(histories: list[list[int]], targets: int) -> Sequences:
+        batch = Batch.of(histories)
+        ends = batch.lengths - targets
+        return Sequences(batch.values.int(), batch.times, batch.offsets, ends, ends)
+
+    return of(learnt, 0), of(asked, 1), Described(texts, [[]] * ALL, [[]] * ALL)
+
+
+@pytest.mark.parametrize("encoder", ["lsa", "tokens"])
+@pytest.mark.parametrize("text", ["pooled", "both"])
+@pytest.mark.parametrize("ids", [{"ids": False}, {"id_dropout": 0.5}], ids=str)
+def test_a_cold_item_is_recommended_where_its_text_says_so(encoder, text, ids):
+    learnt, asked, described = shelves()
+    settings = dataclasses.replace(TEXT, encoder=encoder)
+    content = ContentEncoder.fit(described.take(ALL - COLD), settings).encode(described)
+    model, train = dataclasses.replace(MODEL, text=text, **ids), dataclasses.replace(TRAIN, epochs=60)
+    loss = dataclasses.replace(LOSS, kind="softmax")
+    state = learn(learnt, model, train, loss, settings, items=ALL - COLD, content=content)
+    assert state.model.lines == ALL
+    wanted = {"lsa": 0.9, "tokens": 0.4}[encoder]  # a random order scores about .14
+    assert validate(state.model, asked, "test")["ndcg@10"] > wanted
+
+
+@pytest.mark.parametrize("text", ["none", "cross"])
+def test_a_cold_item_is_never_recommended_where_vectors_hold_no_description(text):
+    learnt, asked, described = shelves()
+    content = ContentEncoder.fit(described.take(ALL - COLD), TEXT).encode(described)
+    model = dataclasses.replace(MODEL, text=text)
+    state = learn(learnt, model, items=ALL - COLD, content=None if text == "none" else content)
+    assert validate(state.model, asked, "test")["ndcg@50"] == 0
+
+
+def test_events_of_cold_items_teach_nothing(ring):
+    """The weights are the same whichever cold items stand between, and those without them."""
+    ends, settings = ring.offsets.diff(), dataclasses.replace(MODEL, text="both")
+    unjudged = dataclasses.replace(ring, train_end=ends, validation_end=ends)
+    warm = ring.items.clamp(max=FIRST_ITEM + RING - 3)
+    at = torch.arange(len(warm)) % 5 == 2
+    one, other = (
+        learn(dataclasses.replace(unjudged, items=torch.where(at, row, warm)), settings, items=RING - 2)
+        for row in (FIRST_ITEM + RING - 1, FIRST_ITEM + RING - 2)
+    )
+    assert same(one, other)
+    lengths = torch.zeros_like(ends).index_add_(
+        0, torch.arange(len(ends)).repeat_interleave(ends)[~at], torch.ones_like(at).long()[~at]
+    )
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    without = Sequences(warm[~at], ring.times[~at], offsets, lengths, lengths)
+    assert same(one, learn(without, settings, items=RING - 2))
+
+
 class Cut(Exception):
     pass
 
@@ -78,6 +178,11 @@ RESUMED = {
         dataclasses.replace(MODEL, blocks=2, objective="masked", early_exit=True, positions="relative"),
         dataclasses.replace(OPTIMIZER, kind="muon", ema=0.9),
         dataclasses.replace(LOSS, sampling="popularity"),
+    ],
+    "text": [
+        dataclasses.replace(MODEL, text="both", id_dropout=0.3, objective="masked"),
+        dataclasses.replace(OPTIMIZER, kind="muon", ema=0.9),
+        dataclasses.replace(TEXT, encoder="tokens"),
     ],
 }
 

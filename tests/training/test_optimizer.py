@@ -9,6 +9,8 @@ import torch
 
 from recsys.batch import Batch
 from recsys.model import ModelSettings, SequenceModel
+from recsys.text import TextSettings
+from tests.training.conftest import ring_content
 from training.optimizer import KINDS, NEWTON_SCHULZ, Muon, Optimizer, OptimizerSettings, orthogonal, rate_at
 
 SETTINGS = OptimizerSettings(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
@@ -119,6 +121,41 @@ def test_the_item_table_has_a_rate_of_its_own(kind):
     assert torch.allclose(2 * one["table.weight"], two["table.weight"], atol=1e-7)
     assert torch.equal(one["norm.weight"], two["norm.weight"])
     assert all(torch.equal(moved(dataclasses.replace(base, embedding_learning_rate=1e-2))[name], one[name]) for name in one)
+
+
+def moved_with_text(settings):
+    """By one step, with an open gate, of a model that learns token states and categories."""
+    content = ring_content(TextSettings(encoder="tokens", size=7, tokens=3, vocabulary=31))
+    content = dataclasses.replace(content, numbers_VM=content.tokens_VL.float())
+    shape = ModelSettings(embedding_size=8, heads=2, hidden_size=11, length=7, text="both")
+    model = SequenceModel(shape, 13, content, 31).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.text_attention.gate.fill_(0.1)
+    optimizer, before = Optimizer(model, settings), weights(model)
+    learn(model, optimizer, 1)
+    return {name: value - before[name] for name, value in model.state_dict().items()}
+
+
+TABLES = {"table.weight", "content.states_WP", "fusion.category_table"}
+TEXT_MATRICES = {
+    *("fusion.text.weight", "fusion.numbers.weight", "text_attention.query.weight"),
+    *("text_attention.key_value.weight", "text_attention.attention_out.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_states_and_categories_have_the_rate_of_the_item_table_and_maps_of_text_decay(kind):
+    base = dataclasses.replace(SETTINGS, kind=kind)
+    plain = moved_with_text(base)
+
+    def other(**changed):
+        found = moved_with_text(dataclasses.replace(base, **changed))
+        return {name for name in found if not torch.equal(found[name], plain[name])}
+
+    assert other(embedding_learning_rate=2e-2) == TABLES
+    decayed = other(weight_decay=0.0)
+    assert {name for name in decayed if not name.startswith("blocks.")} == TEXT_MATRICES
+    assert other(kind="muon" if kind == "adamw" else "adamw") == decayed
 
 
 def test_the_average_is_that_of_the_weights_after_every_step():

@@ -1,5 +1,6 @@
 """A run directory: what is in it, whose it is, and that kill -9 changes nothing of it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from features.build import build
 from features.dataset import Dataset
 from features.synthetic import SyntheticSettings, write
-from recsys.bundle import open_directory
+from recsys.bundle import Directory, open_directory
 from recsys.config import Recipe
-from recsys.errors import RecsysError
-from recsys.model import model_from
+from recsys.content import Content, ContentEncoder
+from recsys.errors import BundleError, RecsysError
+from recsys.model import WEIGHTS, ModelSettings, SequenceModel, model_from
+from recsys.text import TextSettings, words_of
 from recsys.tracking import OFF, Tracking, TrackingSettings
-from training.run import DECISIVE, train
+from training.run import DECISIVE, read_content, run_key, train
 from training.validate import validate
 
 SETTINGS = [
@@ -42,10 +45,11 @@ def dataset(tmp_path_factory) -> Dataset:
     return Dataset.open(folder / "dataset")
 
 
-def recipe(embedding="torch", **train_settings):
-    model = {"embedding_size": 8, "blocks": 1, "hidden_size": 11, "length": 13, "embedding": embedding}
+def recipe(embedding="torch", text="none", encoder="lsa", neighbours=0.0, **train_settings):
+    model = {"embedding_size": 8, "blocks": 1, "hidden_size": 11, "length": 13, "embedding": embedding, "text": text}
     chosen = {"epochs": 2, "batch_tokens": 173, **train_settings}
-    small = Recipe("small", {"model": model, "train": chosen})
+    read = {"encoder": encoder, "size": 7, "tokens": 3, "vocabulary": 97, "neighbours": neighbours}
+    small = Recipe("small", {"model": model, "train": chosen, "text": read})
     return {owner.section: small.read(owner).as_dict() for owner in DECISIVE}
 
 
@@ -62,6 +66,68 @@ def test_the_published_model_is_the_one_that_was_judged_best(dataset, tmp_path):
     assert max(line["ndcg@10"] for line in curve) == found["ndcg@10"]
 
 
+@pytest.mark.parametrize("text", ["pooled", "cross", "both"])
+@pytest.mark.parametrize("encoder", ["lsa", "tokens"])
+def test_a_model_of_text_comes_back_with_its_content_and_its_encoder(dataset, tmp_path, text, encoder):
+    published = run(dataset, tmp_path / "run", text=text, encoder=encoder)
+    again = open_directory(published.path)
+    model, content = model_from(again), Content.load(published.path / "content.safetensors")
+    assert validate(model, dataset.sequences) == published.manifest["quality"]["validation"]
+    read = ContentEncoder.load(published.path / "encoder.safetensors").encode(dataset.described)
+    for field in dataclasses.fields(Content):
+        assert torch.equal(getattr(read, field.name), getattr(content, field.name))
+    assert len(content) == len(dataset.items)
+    assert published.manifest["items_without_text"] == sum(title is None for title in dataset.items["title"])
+    assert torch.equal(model.item_vectors(), model_from(again, content=read).item_vectors())
+    assert (text == "cross") == torch.equal(model.item_vectors(), model.table.weight[2:])
+
+
+def test_neighbours_count_as_many_events_in_the_published_vectors(dataset, tmp_path):
+    alone, near = (
+        run(dataset, tmp_path / name, text="pooled", neighbours=n).path for name, n in (("alone", 0.0), ("near", 3.0))
+    )
+    vectors = [model_from(open_directory(path)).item_vectors() for path in (alone, near)]
+    assert not torch.allclose(*vectors, atol=1e-3)
+    content, events = Content.load(near / "content.safetensors"), torch.tensor(dataset.items["events"].to_list())
+    known = content.pooled_VP.any(1)
+    assert torch.allclose(content.nearness_VK.sum(1)[known], 3 / (3 + events[known]), atol=1e-5)
+
+
+def test_the_encoder_is_fitted_on_the_items_with_training_events(dataset):
+    settings = TextSettings(size=7, tokens=3)
+    fewer = Dataset(dataset.path, dataset.manifest | {"warm_items": 3})
+    encoder, content = read_content(fewer, settings)
+    assert len(content) == len(dataset.items)
+    assert set(encoder.text.terms) == {word for title in fewer.titles[:3] for word in words_of(title)}
+
+
+def test_a_model_without_text_publishes_neither_content_nor_encoder(dataset, tmp_path):
+    published = run(dataset, tmp_path / "run")
+    assert {file.name for file in published.path.iterdir()} == {"items.parquet", "manifest.json", "weights.safetensors"}
+
+
+def test_content_of_another_width_is_refused(dataset, tmp_path):
+    published = run(dataset, tmp_path / "run", text="pooled")
+    _, content = read_content(dataset, TextSettings(size=5))
+    with pytest.raises(BundleError, match="not the weights of its settings"):
+        model_from(published, content=content)
+
+
+def test_content_whose_last_category_is_gone_is_that_of_the_same_model(dataset, tmp_path):
+    """As where the one item of a category is described anew."""
+    content = Content.load(run(dataset, tmp_path / "known", text="pooled").path / "content.safetensors")
+    categories = torch.arange(len(content), dtype=torch.int32)[:, None] % 5
+    content = dataclasses.replace(content, categories_VC=categories)
+    settings = ModelSettings(**recipe(text="pooled")["model"])
+    model = SequenceModel(settings, dataset.manifest["warm_items"], content).initialise(torch.Generator().manual_seed(0))
+    save_file(model.weights(), tmp_path / WEIGHTS)
+    manifest = {"recipe": {"model": settings.as_dict()}, "items": model.items}
+    fewer = dataclasses.replace(content, categories_VC=categories.clamp(max=3))
+    again = model_from(Directory(tmp_path, manifest), content=fewer)
+    same = categories[:, 0] < 4
+    assert torch.equal(again.item_vectors()[same], model.item_vectors()[same])
+
+
 @pytest.mark.torchrec
 def test_a_model_trained_with_torchrec_is_the_one_trained_without_and_serves_without(dataset, tmp_path):
     plain = run(dataset, tmp_path / "plain")
@@ -73,8 +139,10 @@ def test_a_model_trained_with_torchrec_is_the_one_trained_without_and_serves_wit
     assert type(model_from(open_directory(sharded.path)).table).__name__ == "TorchTable"
 
 
-def test_same_data_recipe_and_seed_give_the_same_bytes(dataset, tmp_path):
-    first, again, other = run(dataset, tmp_path / "a"), run(dataset, tmp_path / "b"), run(dataset, tmp_path / "c", seed=1)
+@pytest.mark.parametrize("text", ["none", "both"])
+def test_same_data_recipe_and_seed_give_the_same_bytes(dataset, tmp_path, text):
+    first, again = (run(dataset, tmp_path / name, text=text) for name in ("a", "b"))
+    other = run(dataset, tmp_path / "c", text=text, seed=1)
     assert first.manifest["hash"] == again.manifest["hash"] != other.manifest["hash"]
     differing = {key for key in first.manifest if first.manifest[key] != again.manifest[key]}
     assert differing <= {"clock"}
@@ -93,6 +161,26 @@ def test_another_recipe_does_not_overwrite_a_run(dataset, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(RecsysError, match="holds other files"):
         run(dataset, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "text", "cross"),
+        ("model", "text_span", 7),
+        ("model", "id_dropout", 0.25),
+        ("model", "ids", False),
+        ("text", "encoder", "tokens"),
+        ("text", "size", 5),
+        ("text", "tokens", 5),
+        ("text", "vocabulary", 31),
+        ("text", "neighbours", 2.0),
+    ],
+)
+def test_every_setting_of_text_decides_whose_a_run_is(section, key, value):
+    settings = recipe(text="both")
+    changed = settings | {section: settings[section] | {key: value}}
+    assert run_key(settings, "digest") == run_key(recipe(text="both"), "digest") != run_key(changed, "digest")
 
 
 def test_mlflow_has_the_settings_the_curve_the_data_and_the_model(dataset, tmp_path):

@@ -7,18 +7,31 @@ import pytest
 import torch
 
 from recsys.batch import FIRST_ITEM, Batch, Sequences
+from recsys.content import ContentEncoder, Described
 from recsys.model import ModelSettings, SequenceModel
+from recsys.text import TextSettings
 from training.validate import depth_curve, validate
 
 
-def test_validation_is_the_protocol_read_plainly():
+@pytest.mark.parametrize("text", ["none", "cross", "pooled"])
+def test_validation_is_the_protocol_read_plainly(text):
+    """Behind the items that were learnt stand two that are described, between them one of which nothing is known."""
     generator, items = torch.Generator().manual_seed(0), 31
     lengths = torch.randint(1, 13, (47,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     rows = torch.randint(FIRST_ITEM, FIRST_ITEM + items + 4, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
     train = (lengths.double() * 0.5).long()  # some users have no history
     sequences = Sequences(rows, torch.zeros(len(rows), dtype=torch.int64), offsets, train, (train + 3).minimum(lengths))
-    model = SequenceModel(ModelSettings(embedding_size=8, length=5, hidden_size=7), items).initialise(generator)
+    described = torch.arange(items + 3) != items + 1
+    texts = [f"{'abcdefg'[item % 7]} {'hijkl'[item % 5]}" if known else "" for item, known in enumerate(described.tolist())]
+    items_table = Described(texts, [[]] * len(texts), [[]] * len(texts))
+    content = ContentEncoder.fit(items_table, TextSettings(size=6, tokens=2)).encode(items_table)
+    settings = ModelSettings(embedding_size=8, length=5, hidden_size=7, text=text)
+    model = SequenceModel(settings, items, None if text == "none" else content).initialise(generator)
+    with torch.no_grad():  # scores below 0, that of an item of which nothing is known
+        model.norm.bias += 1
+        model.table.weight[FIRST_ITEM:] -= 1
+    known = [*range(items), *((items, items + 2) if text == "pooled" else ())]
     recalls, gains = [], []
     for user in range(47):
         events = rows[offsets[user] : offsets[user + 1]].tolist()
@@ -27,7 +40,7 @@ def test_validation_is_the_protocol_read_plainly():
         if not history or not wanted:
             continue
         scores = (model.encode(Batch.of([history])) @ model.item_vectors().T)[0].tolist()
-        allowed = [row for row in range(FIRST_ITEM, FIRST_ITEM + items) if row not in history]
+        allowed = [FIRST_ITEM + item for item in known if FIRST_ITEM + item not in history]
         top = sorted(allowed, key=lambda row, scores=scores: (-scores[row - FIRST_ITEM], row))[:10]
         possible = min(10, len(wanted))
         recalls.append(len(wanted & set(top)) / possible)
