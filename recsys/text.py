@@ -11,6 +11,7 @@ import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -99,16 +100,21 @@ _APART = (
     r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 )
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
-_BETWEEN = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f"
-"""Spaces and punctuation; all else, marks of vowels too, is a part of a word."""
-WORD = re.compile(f"[{_APART}]|[^{_APART}{_BETWEEN}]+")
-"""A word; of scripts that write none apart, a character."""
 UNSPACED = re.compile(f"[{_APART}]")
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """A word: what stands between punctuation, signs and spaces of any script, marks of vowels in it; of scripts that put
+    no spaces, a character."""
+    plane = map(chr, range(0x10000))
+    between = re.escape("".join(sign for sign in plane if unicodedata.category(sign)[0] in "PSZC"))
+    return re.compile(f"[{_APART}]|[^{_APART}{between}]+")
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text of any script, in normal form (NFKC) and without case; single characters where none are apart."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _word().findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 class Lsa:
@@ -127,13 +133,14 @@ class Lsa:
         self._vectorizer = TfidfVectorizer(
             analyzer=_terms, token_pattern=None, vocabulary=self.terms or ["?"], sublinear_tf=True
         )
-        self._vectorizer.idf_ = idf_W.double().numpy() if self.terms else [1.0]
+        self._vectorizer.idf_ = (idf_W if self.terms else torch.ones(1)).double().numpy()
 
     @classmethod
     def fit(
         cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
     ) -> Lsa:
         """Learn terms and components of the texts; where there are many, a term of one text alone is left out."""
+        import numpy as np
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -148,7 +155,8 @@ class Lsa:
         size = min(settings.size, min(weights_NW.shape) - 1)
         components_WP = torch.zeros(weights_NW.shape[1], settings.size)
         if size > 0:
-            svd = TruncatedSVD(size, algorithm="arpack", random_state=0).fit(weights_NW)
+            with np.errstate(divide="ignore", invalid="ignore"):  # its share of the variance, where texts do not vary
+                svd = TruncatedSVD(size, algorithm="arpack", random_state=0).fit(weights_NW)
             components_WP[:, :size] = torch.from_numpy(svd.components_.T.copy()).float()
         else:
             components_WP[:, 0] = 1.0
@@ -229,28 +237,27 @@ class Pretrained:
     def fit(
         cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
     ) -> Pretrained:
-        from sklearn.decomposition import PCA
-
         encoder = cls(settings, torch.zeros(0), torch.zeros(0, 0))
-        encoder.digest = encoder._fingerprint()
+        encoder.digest = _fingerprint(encoder.model)
         width = int(encoder.model.get_embedding_dimension())
         pooled = [pooled_D for _, pooled_D in encoder._raw([text for text in texts if text], cache, progress)]
         pooled_ND = torch.stack([torch.zeros(width), *pooled])[min(1, len(pooled)) :].double()
-        size = min(settings.size, *pooled_ND.shape)
-        components_PD = torch.zeros(settings.size, width)
-        pca = PCA(size, svd_solver="covariance_eigh" if len(pooled_ND) > width else "full").fit(pooled_ND.numpy())
-        components_PD[:size] = torch.from_numpy(pca.components_).float()
-        encoder.mean_D, encoder.components_PD = torch.from_numpy(pca.mean_).float(), components_PD
+        mean_D = pooled_ND.mean(0)
+        directions_DD = torch.linalg.eigh((pooled_ND - mean_D).T @ (pooled_ND - mean_D)).eigenvectors.flip(1)
+        size = min(settings.size, width)
+        encoder.mean_D, encoder.components_PD = mean_D.float(), torch.zeros(settings.size, width)
+        encoder.components_PD[:size] = directions_DD[:, :size].T.float()
         return encoder
 
     @property
     def model(self) -> Any:
         if self._model is None:
-            self._model = _sentence_transformer(self.settings.encoder)
-            if self.digest and self._fingerprint() != self.digest:
+            model = _sentence_transformer(self.settings.encoder)
+            if self.digest and _fingerprint(model) != self.digest:
                 raise SetupError(
                     f"text.encoder {self.settings.encoder!r} is not the model that the items were read by; bring that one back"
                 )
+            self._model = model
         return self._model
 
     def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
@@ -262,6 +269,8 @@ class Pretrained:
         for place, (tokens_LD, pooled_D) in zip(
             described, self._raw([texts[place] for place in described], cache, progress), strict=True
         ):
+            if not len(tokens_LD):
+                continue
             states.append(_unit(self._turn(tokens_LD)))
             tokens_NL[place, : len(tokens_LD)] = torch.arange(used, used + len(tokens_LD), dtype=torch.int32)
             pooled_NP[place] = self._turn(pooled_D)
@@ -284,12 +293,12 @@ class Pretrained:
 
     def _token_ids(self, text: str) -> list[int]:
         longest, special = self.model.max_seq_length, set(self.model.tokenizer.all_special_ids)
-        read = self.model.tokenizer(text, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+        read = self.model.tokenizer(text, truncation=True, max_length=longest)["input_ids"]
         return [token for token in read if token not in special]
 
     def _raw(self, texts: Sequence[str], cache: Path | None, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(token states L × D, pooled D) of each text: remembered, or encoded in batches of about the same length."""
-        about = f"{self.digest or self._fingerprint()} {self.settings.tokens}"
+        about = f"{self.digest} {self.settings.tokens}"
         keys = [sha256(f"{about}\0{text}".encode()).digest() for text in texts]
         by_key = dict(zip(keys, texts, strict=True))
         with _Store(cache) as store:
@@ -313,12 +322,15 @@ class Pretrained:
             packed.append(torch.cat([one["sentence_embedding"][None], states_LD]).half().cpu())
         return packed
 
-    def _fingerprint(self) -> str:
-        digest, weights = sha256(), self.model.state_dict()
-        for name in sorted(weights):
-            digest.update(name.encode())
-            digest.update(weights[name].contiguous().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+
+def _fingerprint(model: Any) -> str:
+    """Of a sentence-transformers model's weights and words."""
+    weights, words = model.state_dict(), model.tokenizer.get_vocab()
+    digest = sha256(str(sorted(words.items())).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _sentence_transformer(name: str) -> Any:

@@ -15,9 +15,9 @@ SETTINGS = TextSettings(size=7, tokens=3, vocabulary=997)
 ITEMS = Described(
     ["the red ship", "", "the blue ship", "a red moon", "the red ship"],
     [["sea"], [], ["sea", "blue"], ["sky", "blue", "night"], ["blue", "sea", "sea"]],
-    [[1.0, None], [2.0, 10.0], [], [6.0, 30.0], [None, 20.0]],
+    [[[1.0], []], [[2.0], [10.0]], [], [[6.0], [30.0]], [[], [20.0]]],
 )
-NEW = Described(["a moon unheard of", "…"], [["unknown", "night"], ["unknown"]], [[3.0, 1e9], [None, None]])
+NEW = Described(["a moon unheard of", "…"], [["unknown", "night"], ["unknown"]], [[[3.0], [1e9]], [[], [None]]])
 
 
 def fitted(encoder: str = "lsa", items: Described = ITEMS) -> ContentEncoder:
@@ -35,6 +35,7 @@ def content(items: int, seed: int = 0, tokens: int = 3, categories: int = 2, sta
         pooled_VP=normalize(torch.randn(items, 7, generator=generator), dim=1),
         categories_VC=torch.randint(0, 5, (items, categories), dtype=torch.int32, generator=generator),
         numbers_VM=torch.randn(items, 2, generator=generator),
+        categories=torch.tensor(4),
     )
 
 
@@ -70,11 +71,14 @@ def test_numbers_are_deviations_from_the_mean_of_the_fitted_items_cut_at_the_far
     wanted_tens = [(value - 20) / deviations[1] for value in (20, 10, 20, 30, 20)]
     assert torch.allclose(found, torch.tensor([wanted_ones, wanted_tens]).T, atol=1e-6)
     assert encoder.encode(NEW).numbers_VM.tolist() == [[0, FARTHEST], [0, 0]]
-    assert encoder.encode(dataclasses.replace(NEW, numbers=[[-1e9, 20.0], []])).numbers_VM.tolist() == [[-FARTHEST, 0], [0, 0]]
+    assert encoder.encode(dataclasses.replace(NEW, numbers=[[[-1e9], [20.0]], []])).numbers_VM.tolist() == [
+        [-FARTHEST, 0],
+        [0, 0],
+    ]
 
 
 def test_a_number_that_never_varies_says_nothing_of_the_fitted_items():
-    alike = dataclasses.replace(ITEMS, numbers=[[7.0, None]] * 5)
+    alike = dataclasses.replace(ITEMS, numbers=[[[7.0], []]] * 5)
     assert not fitted(items=alike).encode(alike).numbers_VM.any()
 
 
@@ -83,15 +87,15 @@ def test_items_without_numbers_have_none_of_them():
     assert encoder.encode(dataclasses.replace(ITEMS, numbers=[[]] * 5)).numbers_VM.shape == (5, 0)
 
 
-@pytest.mark.parametrize("numbers", [[[1.0], [2.0]], [[1.0, 2.0, 3.0], []], [[], [1.0]]])
+@pytest.mark.parametrize("numbers", [[[[1.0]], []], [[[1.0], [2.0], [3.0]], []], [[], [[1.0, 2.0], [3.0]]]])
 def test_another_count_of_numbers_is_refused(numbers):
     with pytest.raises(DataError, match="numbers"):
         fitted().encode(dataclasses.replace(NEW, numbers=numbers))
 
 
 def test_counts_of_numbers_that_differ_are_refused_when_fitting():
-    with pytest.raises(DataError, match="different counts of numbers"):
-        fitted(items=dataclasses.replace(ITEMS, numbers=[[1.0], [1.0, 2.0], [], [], []]))
+    with pytest.raises(DataError, match="numbers by column"):
+        fitted(items=dataclasses.replace(ITEMS, numbers=[[[1.0]], [[1.0, 2.0]], [], [], []]))
 
 
 @pytest.mark.parametrize("encoder", ["lsa", "tokens"])
@@ -111,7 +115,7 @@ def test_an_item_has_the_same_lines_in_any_company(encoder):
 
 def test_some_is_known_of_an_item_with_a_token_a_category_or_a_number():
     nothing = Described(
-        ["", "ship", "", "", "unheard"], [[], [], ["sea"], [], ["unknown"]], [[], [], [], [1.0, None], [None, None]]
+        ["", "ship", "", "", "unheard"], [[], [], ["sea"], [], ["unknown"]], [[], [], [], [[1.0], []], [[], []]]
     )
     assert fitted().encode(nothing).some_V.tolist() == [False, True, True, True, False]
 
@@ -147,8 +151,9 @@ def test_lines_are_replaced_and_appended_and_no_other_changes():
 
 
 def test_no_lines_change_nothing():
-    old, none = content(5), Content(*(getattr(content(5), field.name)[:0] for field in dataclasses.fields(Content)))
-    none = dataclasses.replace(none, states_WP=old.states_WP)
+    old = content(5)
+    tables = {name: value[:0] for name, value in vars(old).items() if value.ndim and name != "states_WP"}
+    none = dataclasses.replace(old, **tables)
     assert equal(old.with_lines([], none, fresh_states=False), old)
 
 

@@ -42,7 +42,7 @@ def content(learnt_states: bool = False, states: int = STATES) -> Content:
         given, tables["pooled_VP"] = given[:0], tables["pooled_VP"][:, :0]
     nothing = Described([""] * ITEMS, [[]] * ITEMS, [[]] * ITEMS)
     blank = ContentEncoder.fit(nothing, TextSettings(encoder="tokens")).encode(nothing)
-    return dataclasses.replace(blank, states_WP=given, **tables)
+    return dataclasses.replace(blank, states_WP=given, categories=torch.tensor(7), **tables)
 
 
 def build(settings: ModelSettings = SETTINGS, known: Content | None = None, seed: int = 0) -> SequenceModel:

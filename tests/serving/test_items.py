@@ -255,7 +255,7 @@ WRONG: dict[str, tuple[Change, pl.DataFrame, str]] = {
     "no column": (add, goods([NEW]).rename({"price": "cost"}), "no column 'price'"),
     "no rows": (add, goods([]), "no rows"),
     "no number": (add, goods([NEW], price=pl.lit("dear")), "'price' holds 1 cells that are no numbers"),
-    "more numbers": (update, goods([3], price=pl.lit([2.0, 3.0])), "items have 2 numbers, the model learnt 1"),
+    "more numbers": (update, goods([3], price=pl.lit([2.0, 3.0])), "items have [2] numbers by column, the model learnt [1]"),
 }
 
 
@@ -275,7 +275,7 @@ def test_items_that_are_not_there_or_all_of_them_cannot_be_removed(bundle: Path)
     before = contents(bundle)
     with pytest.raises(RequestError, match=f"no item '{NEW}'"):
         remove(bundle, [3, NEW])
-    with pytest.raises(RequestError, match="no item would be left"):
+    with pytest.raises(RequestError, match="no item that can be recommended would be left"):
         remove(bundle, range(GOODS))
     assert contents(bundle) == before
     remove(bundle, range(1, GOODS))
@@ -290,7 +290,7 @@ def test_all_items_that_can_be_recommended_cannot_be_removed(tmp_path: Path) -> 
     export(write_run(tmp_path / "run", dataset), tmp_path / "bundle", IndexSettings())
     warm = dataset.items.filter(pl.col("events") > 0)["item_id"].to_list()
     assert len(warm) < 3
-    with pytest.raises(RequestError, match="no item would be left"):
+    with pytest.raises(RequestError, match="no item that can be recommended would be left"):
         remove(tmp_path / "bundle", warm)
 
 
