@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from recsys.model import ModelSettings
 
 
+KEPT = 2**26
+"""Most elements of keys and values that are kept between requests: 256 MB."""
+
+
 class ItemContent(nn.Module):
     """Each item's content by row; the rows before FIRST_ITEM, and those behind the last, have none."""
 
@@ -111,6 +115,7 @@ class TextAttention(nn.Module):
         self.distance_bias = nn.Parameter(torch.empty(self.heads, self.span))
         self.attention_out = nn.Linear(size, size)
         self.gate = nn.Parameter(torch.empty(size))
+        self._last: tuple[object, Tensor] = (None, torch.empty(0))
 
     def forward(self, x_BTE: Tensor, view: View, content: ItemContent, generator: torch.Generator | None = None) -> Tensor:
         """The states with what they drew from the tokens, shape B × T × E."""
@@ -150,13 +155,31 @@ class TextAttention(nn.Module):
 
     def _keys(self, rows_NU: Tensor, content: ItemContent) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens N × U × L of items, and their keys and values N × H × (U L) × D; each state is projected once."""
-        tokens = F.embedding(rows_NU, content.tokens_RL)
-        states_WP, places = content.states_WP, tokens
-        if len(states_WP) > tokens.numel():
-            distinct, places = torch.unique(tokens, return_inverse=True)
-            states_WP = states_WP[distinct]
-        size = self.query.out_features // self.heads
-        projected = self.key_value(states_WP.to(self.key_value.weight.dtype)).view(len(states_WP), 2, self.heads, size)
-        lines = places.flatten(1)[:, None] + len(states_WP) * torch.arange(self.heads, device=places.device)[:, None]
-        k, v = (F.embedding(lines, part.transpose(0, 1).flatten(0, 1)) for part in projected.unbind(1))
+        tokens = places = F.embedding(rows_NU, content.tokens_RL)
+        count, size = len(content.states_WP), self.query.out_features // self.heads
+        if torch.is_grad_enabled() or count * 2 * self.query.out_features > KEPT:
+            states_WP = content.states_WP
+            if count > tokens.numel():
+                distinct, places = torch.unique(tokens, return_inverse=True)
+                states_WP, count = states_WP[distinct], len(distinct)
+            projected = self._project(states_WP)
+        else:
+            projected = self._kept(content.states_WP)
+        lines = places.flatten(1)[:, None] + count * torch.arange(self.heads, device=places.device)[:, None]
+        k, v = (F.embedding(lines, part.view(-1, size)) for part in projected.unbind())
         return tokens, k, v
+
+    def _project(self, states_WP: Tensor) -> Tensor:
+        """Keys and values of token states, shape 2 × H × W × D."""
+        projected = self.key_value(states_WP.to(self.key_value.weight.dtype))
+        parts: Tensor = projected.view(len(states_WP), 2, self.heads, -1).permute(1, 2, 0, 3).contiguous()
+        return parts
+
+    def _kept(self, states_WP: Tensor) -> Tensor:
+        """`_project` of all states, made once for the weights as they are: most of a request's cost otherwise."""
+        now = (self.key_value.weight._version, self.key_value.weight.data_ptr(), states_WP.data_ptr())
+        made_of, projected = self._last  # together, since threads share the model
+        if made_of != now:
+            projected = self._project(states_WP)
+            self._last = (now, projected)
+        return projected
