@@ -69,7 +69,8 @@ def test_a_grown_data_set_is_read_in_the_rows_of_the_model(dataset: Dataset, tmp
 def test_what_was_removed_and_how_items_are_described_is_known_by_row(tmp_path: Path) -> None:
     table = {"row": [2, 3], "item_id": [7, 5], "title": ["q", None], "text": ["kind: x", ""], "events": [3, 0]}
     whole = pl.DataFrame(table).with_columns(
-        categories=pl.Series([["x", "y"], []], dtype=pl.List(pl.String)), numbers=pl.Series([[2.5, None], []])
+        categories=pl.Series([["x", "y"], []], dtype=pl.List(pl.String)),
+        numbers=pl.Series([[{"values": [2.5, None]}, {"values": [3.5]}], []]),
     )
     whole.write_parquet(tmp_path / "items.parquet")
     plain = Catalogue(tmp_path / "items.parquet")
@@ -77,6 +78,6 @@ def test_what_was_removed_and_how_items_are_described_is_known_by_row(tmp_path: 
     assert plain.removed.tolist() == [False, False]
     assert list(plain.described.texts) == ["kind: x", ""]
     assert list(plain.described.categories) == [["x", "y"], []]
-    assert list(plain.described.numbers) == [[2.5, None], []]
+    assert list(plain.described.numbers) == [[[2.5, None], [3.5]], []]
     whole.with_columns(removed=pl.Series([False, True])).write_parquet(tmp_path / "items.parquet")
     assert Catalogue(tmp_path / "items.parquet").removed.tolist() == [False, True]
