@@ -305,8 +305,11 @@ def _tell_change(manifest: dict[str, Any], bundle: Path, register: bool) -> None
 
     version = ""
     if register:
-        with Tracking.of(manifest).run(bundle.name) as tracking:
-            version = tracking.register(bundle, manifest["id"])
+        try:
+            with Tracking.of(manifest).run(bundle.name) as tracking:
+                version = tracking.register(bundle, manifest["id"])
+        except SetupError as error:
+            _warn(f"the new bundle is not registered: {error}")
     counts = {**manifest["changes"]}
     unknown = counts.pop("unknown", 0)
     said = ", ".join(f"{count:,} items {verb}" for verb, count in counts.items())
