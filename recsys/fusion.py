@@ -157,7 +157,7 @@ class TextAttention(nn.Module):
         """Tokens N × U × L of items, and their keys and values N × H × (U L) × D; each state is projected once."""
         tokens = places = F.embedding(rows_NU, content.tokens_RL)
         count, size = len(content.states_WP), self.query.out_features // self.heads
-        if torch.is_grad_enabled() or count * 2 * self.query.out_features > KEPT:
+        if torch.is_grad_enabled() or self.training or count * 2 * self.query.out_features > KEPT:
             states_WP = content.states_WP
             if count > tokens.numel():
                 distinct, places = torch.unique(tokens, return_inverse=True)
@@ -176,7 +176,10 @@ class TextAttention(nn.Module):
         return parts
 
     def _kept(self, states_WP: Tensor) -> Tensor:
-        """`_project` of all states, made once for the weights as they are: most of a request's cost otherwise."""
+        """`_project` of all states, made once for the weights as they are: most of a request's cost otherwise.
+
+        For a model that is not trained: a fused optimiser changes weights without counting a version.
+        """
         now = (self.key_value.weight._version, self.key_value.weight.data_ptr(), states_WP.data_ptr())
         made_of, projected = self._last  # together, since threads share the model
         if made_of != now:

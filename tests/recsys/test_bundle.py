@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.bundle import MANIFEST, open_directory, publish, write_file
+from recsys.bundle import FORMAT, MANIFEST, open_directory, publish, write_file
 from recsys.errors import BundleError, DataError, RecsysError
 
 FILES = {"weights": b"\x00\x01\x02\x03\x05\x08\x0d", "items": b"eleven words", "empty": b""}
@@ -100,11 +100,11 @@ def test_a_file_altered_together_with_its_sha256_is_found(published):
         open_directory(published)
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, FORMAT + 1, str(FORMAT), None])
 def test_another_format_is_refused_with_both_named(published, found):
     manifest = json.loads((published / MANIFEST).read_text())
     (published / MANIFEST).write_text(json.dumps(manifest | {"format": found}))
-    with pytest.raises(BundleError, match=f"format {found!r}, this version reads 1; write it again"):
+    with pytest.raises(BundleError, match=f"format {found!r}, this version reads {FORMAT}; write it again"):
         open_directory(published)
 
 

@@ -464,3 +464,14 @@ def test_packing_changes_no_state(text):
     padded = model(batch).flatten(0, 1)[batch.places(19)]
     assert torch.allclose(model(batch, packed=True)[0], padded, atol=1e-5)
     assert torch.allclose(model(batch, packed=True, positions=128)[0, :30], padded, atol=1e-5)
+
+
+def test_what_is_kept_between_requests_is_that_of_the_weights_as_they_are():
+    model, other = build(seed=0).eval(), build(seed=1).eval()
+    batch = random_batch([7, 3])
+    with torch.inference_mode():
+        before, wanted = model.encode(batch), other.encode(batch)
+    assert torch.allclose(model.encode(batch).detach(), before, atol=1e-6)
+    model.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model.encode(batch), wanted)
