@@ -223,12 +223,13 @@ class ContentEncoder:
     def load(path: Path) -> ContentEncoder:
         """Raises BundleError: no encoder there."""
         from safetensors import safe_open
+        from safetensors.torch import load_file
 
         if not path.is_file():
             raise BundleError(f"{path}: not there, so the model reads no text; train it with model.text and export it again")
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        tensors = load_file(path)
         settings = TextSettings(**about["settings"])
         own = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
         text = ENCODERS.get(settings.encoder, Pretrained).restore(settings, own, about["text"])

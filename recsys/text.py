@@ -164,10 +164,8 @@ class Lsa:
         return cls(settings, terms, torch.from_numpy(vectorizer.idf_).float(), components_WP)
 
     def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
-        weights_NW = self._vectorizer.transform(texts)
-        size = self.settings.size
-        pooled_NP = torch.from_numpy(weights_NW @ self.components_WP.double().numpy()).float() if self.terms else None
-        pooled_NP = pooled_NP if pooled_NP is not None else torch.zeros(len(texts), size)
+        components_WP = self.components_WP if self.terms else torch.zeros(1, self.settings.size)
+        pooled_NP = torch.from_numpy(self._vectorizer.transform(texts) @ components_WP.double().numpy()).float()
         held_N1 = pooled_NP.norm(dim=1, keepdim=True) > 1e-6  # else rounding is all that the components hold of a text
         pooled_NP = F.normalize(pooled_NP) * held_N1
         tokens = [[self._places[word] for word in self.words(text)] for text in texts]
@@ -360,11 +358,14 @@ class _Store:
     """Tensors of float16 by key, in a SQLite file that several processes may use, or in memory."""
 
     def __init__(self, path: Path | None) -> None:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._store = sqlite3.connect(":memory:" if path is None else path, timeout=60)
-        with self._store:
-            self._store.execute("CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, width INTEGER, states BLOB)")
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._store = sqlite3.connect(":memory:" if path is None else path, timeout=60)
+            with self._store:
+                self._store.execute("CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, width INTEGER, states BLOB)")
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise SetupError(f"{path}: texts cannot be remembered there ({error}); delete it, or set RECSYS_CACHE") from None
 
     def __enter__(self) -> _Store:
         return self
@@ -394,7 +395,7 @@ def _terms(text: str) -> list[str]:
 
 
 def _pieces(word: str) -> list[str]:
-    return [word] if len(word) <= 4 else [word, *(f"{word[at : at + 4]}" for at in range(0, len(word), 4))]
+    return [word] if len(word) <= 4 else [word, *(word[at : at + 4] for at in range(0, len(word), 4))]
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from recsys.batch import FIRST_ITEM
 from recsys.bundle import Directory, Writer, locked, open_directory, publish
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import BundleError, DataError, RequestError
-from recsys.model import model_from
+from recsys.model import ModelSettings, model_from
+from recsys.text import Progress
 from serving.catalogue import ITEMS, REMOVED, Catalogue
 from serving.engine import VECTORS, read_vectors
 from serving.export import NOISY, measure_index, noisy
@@ -30,8 +31,6 @@ from serving.index import INDEX, Index, IndexSettings
 
 if TYPE_CHECKING:
     import polars as pl
-
-Progress = Callable[[int, int], None]
 
 
 def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -77,14 +76,13 @@ def _change(
 ) -> dict[str, Any]:
     with _opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
-        old = Content.load(directory.path / CONTENT) if CONTENT in directory.manifest["files"] else None
-        if old is None or not model_from(directory, content=old).settings.described:
+        if not ModelSettings(**directory.manifest["recipe"][ModelSettings.section]).described:
             raise BundleError(f"{bundle}: its model reads no descriptions of items; train it with model.text=pooled or both")
         items = _read(raw, catalogue, directory)
         lines = place(catalogue, items)
         encoder = ContentEncoder.load(directory.path / ENCODER)
         new = encoder.encode(described(items), cache_folder() / "text.sqlite", progress)
-        content = old.with_lines(lines, new, encoder.text.contextual)
+        content = Content.load(directory.path / CONTENT).with_lines(lines, new, encoder.text.contextual)
         events = [int(catalogue.events[line]) if line < len(catalogue) else 0 for line in lines]
         content = content.with_neighbours(lines, directory.manifest["items"], events, encoder.settings.neighbours)
         model = model_from(directory, content=content).eval()
