@@ -44,10 +44,7 @@ def read_files(data: Path, settings: DataSettings) -> RawTables:
         table = table.with_columns(timestamp=pl.lit(None, pl.Int64))
     items = _read_side(folder, settings.items, "items", {"item_id": settings.item_id})
     users = _read_side(folder, settings.users, "users", {"user_id": settings.user_id})
-    if items is not None and settings.title:
-        require([settings.title], items.collect_schema(), f"{folder}, items")
-        items = items.with_columns(title=pl.col(settings.title))
-    return RawTables(table, items, users)
+    return RawTables(table, None if items is None else _titled(items, settings, f"{folder}, items"), users)
 
 
 def read_items(path: Path, settings: DataSettings) -> pl.LazyFrame:
@@ -58,7 +55,16 @@ def read_items(path: Path, settings: DataSettings) -> pl.LazyFrame:
     if not path.is_file() or file_format(path) not in FORMATS:
         raise DataError(f"{path}: is no file of items; give one of {', '.join(FORMATS)}")
     item_id = settings.item_id if settings.source == "files" else "item_id"
-    return _rename(_scan_all([path], {"item_id": item_id}), {"item_id": item_id}, ("item_id",))
+    items = _rename(_scan_all([path], {"item_id": item_id}), {"item_id": item_id}, ("item_id",))
+    return _titled(items, settings, str(path)) if settings.source == "files" else items
+
+
+def _titled(items: pl.LazyFrame, settings: DataSettings, where: str) -> pl.LazyFrame:
+    """The items with the column that is their title under that name. Raises DataError: it is not there."""
+    if not settings.title:
+        return items
+    require([settings.title], items.collect_schema(), where)
+    return items.with_columns(title=pl.col(settings.title))
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:

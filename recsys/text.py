@@ -26,8 +26,6 @@ from recsys.errors import SetupError
 
 Progress = Callable[[int, int], None]
 """Called with (texts done, texts in all)."""
-NONE = 0
-"""Token that fills unused places; its state is never looked at."""
 BATCH = 256
 """Texts that a pretrained model encodes at once."""
 
@@ -66,9 +64,9 @@ class Encoded:
     """N texts as numbers."""
 
     tokens_NL: Tensor
-    """Lines of `states_WP`, int32; NONE where a text has fewer."""
+    """Lines of `states_WP`, int32; 0 where a text has fewer."""
     states_WP: Tensor
-    """State of each token, elements of about size 1; line NONE is 0. No line (0 × P) where the model learns them."""
+    """State of each token, elements of about size 1; line 0 is none. No line (0 × P) where the model learns them."""
     pooled_NP: Tensor
     """Pooled vectors of length 1, or 0 where nothing was known of a text; N × 0 where the model learns them."""
 

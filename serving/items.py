@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 
 def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Add items, by the columns of the table that the model learnt from; an item that was removed comes back.
+    """Add items, by the columns of the table that the model learnt from (`features.files.read_items` reads one from a file);
+    an item that was removed comes back.
 
     Writes `out`, or `bundle` anew, whole or not at all; what has loaded the old one serves on. Returns the new manifest.
     Raises DataError: a bad or repeated row, a missing column, an item that is there already. BundleError: the model reads no
@@ -123,15 +124,12 @@ def _opened(bundle: Path) -> Iterator[Directory]:
 
 def _read(raw: pl.LazyFrame, catalogue: Catalogue, directory: Directory) -> pl.DataFrame:
     """The items' ids and descriptions; every bad or repeated row is an error."""
-    import polars as pl
 
     where, dtype, tally = "items", catalogue.table["item_id"].dtype, Tally("items")
     settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
     rows, _ = read_table(raw, "item_id", dtype, tally, where)
     for reason, count in tally.counts.items():
         raise DataError(f"{where}: {count} rows are bad, {reason}: {POLICIES[reason].meaning}; mend them")
-    if settings.source == "files" and settings.title in rows.columns:
-        rows = rows.with_columns(title=pl.col(settings.title))
     if not len(rows):
         raise DataError(f"{where}: the table has no rows; give at least one item")
     return describe(rows, settings, where)

@@ -156,3 +156,12 @@ def test_an_items_table_of_no_known_format_or_without_its_id_is_one_line(folder:
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=re.escape(", ".join(FORMATS))):
         read_items(folder / "items.xlsx", DataSettings())
+
+
+def test_an_items_table_without_its_title_is_refused_and_the_title_is_read_by_its_name(folder: Path) -> None:
+    pl.DataFrame({"item_id": [3, 7], "name": ["a lamp", "a kettle"]}).write_csv(folder / "new.csv")
+    with pytest.raises(DataError, match=r"new\.csv: no column 'title'"):
+        read_items(folder / "new.csv", DataSettings())
+    found = read_items(folder / "new.csv", DataSettings(title="name")).collect()
+    assert found["title"].to_list() == ["a lamp", "a kettle"]
+    assert "title" not in read_items(folder / "new.csv", DataSettings(title="")).collect_schema()

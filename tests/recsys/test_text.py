@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recsys import text as module
 from recsys.errors import SetupError
 from recsys.text import ENCODERS, Encoded, Pretrained, TextEncoder, TextSettings, words_of
 
@@ -376,3 +377,10 @@ def test_an_encoder_that_is_no_model_is_refused_in_one_line(tmp_path, monkeypatc
     with pytest.raises(SetupError, match=r"text\.encoder .*missing.* is none of lsa, tokens, minilm") as caught:
         pretrained(tmp_path / "missing")
     assert "\n" not in str(caught.value)
+
+
+def test_a_memory_of_texts_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "text.sqlite").write_bytes(b"no database at all, however long it may be" * 101)
+    with pytest.raises(SetupError, match=r"text\.sqlite: texts cannot be remembered there") as error:
+        module._Store(tmp_path / "text.sqlite")
+    assert "\n" not in str(error.value)
