@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is done, events done, events in all)."""
 TALLIES = {"events": "rows", "items": "item_rows", "users": "user_rows"}
 """What the manifest calls the account of a table's rows."""
-LASTING = ("text_columns", "category_columns", "category_separator", "number_columns", "repeats")
+LASTING = ("text_columns", "category_columns", "category_separator", "number_columns", "attribute_columns", "repeats")
 """Settings of section [data] that an append cannot change, for what they made of earlier rows is not kept."""
 
 
@@ -146,12 +146,14 @@ class _Job:
         old: pl.DataFrame | None = getattr(self.before, "listed" if table == "items" else "users", None)
         old = None if old is None else old.with_columns(pl.col(name).cast(ids[name]))
         if raw is None:
+            if table == "items" and old is None and self.settings.attribute_columns:
+                raise DataError(f"{where}: there is none to hold data.attribute_columns; set data.items, or leave them out")
             return old
         new, bad = read_table(raw, name, ids[name], tally, where)
         self.aside.append(bad)
         if table == "users":
             return renew(old, new, name, tally)
-        items = renew(old, describe(new, self.settings, where), name, tally)
+        items = renew(old, describe(new, self.settings, where, None if old is None else old.schema), name, tally)
         if self.settings.number_columns:
             cells = [items["numbers"].list.get(place, null_on_oob=True) for place in range(len(self.settings.number_columns))]
             require_widths([cell.struct.field("values") for cell in cells], self.settings, where)

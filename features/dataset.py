@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import polars.selectors as cs
 from polars.io.plugins import register_io_source
 
 from recsys.bundle import open_directory
@@ -21,7 +22,9 @@ MANIFEST = "dataset.json"
 FLAT_ROWS, LIST_ROWS = 2**18, 2**13
 """Rows of a row group; a row of a list column holds a whole user."""
 LISTED = ("item_id", "title", "text", "categories", "numbers")
-"""What an items table says of an item."""
+"""What an items table says of an item, beside its attributes."""
+ATTRIBUTE = "attribute: "
+"""Stands before the name of a column by which requests may filter items."""
 ONE_PAGE = 2**30
 """Bytes of a data page. Polars sizes the pages of list columns by the chunks in memory, so only one page a column and
 row group has the same bytes however the rows came."""
@@ -81,13 +84,14 @@ class Dataset:
 
     @cached_property
     def items(self) -> pl.DataFrame:
-        """row, item_id, title (null: in no items table), text, categories, numbers, events of the training part; by row."""
+        """row, item_id, title (null: in no items table), text, categories, numbers, events of the training part, attributes
+        (null where missing); by row."""
         return pl.read_parquet(self.path / "items.parquet")
 
     @property
     def listed(self) -> pl.DataFrame | None:
-        """item_id, title, text, categories and numbers of the items that a table listed; None where there was none."""
-        items = self.items.filter(pl.col("title").is_not_null()).select(LISTED)
+        """item_id, title, text, categories, numbers and attributes of the items that a table listed; None: there was none."""
+        items = self.items.filter(pl.col("title").is_not_null()).select(*LISTED, cs.starts_with(ATTRIBUTE))
         return items if len(items) else None
 
     @cached_property

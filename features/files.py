@@ -47,16 +47,17 @@ def read_files(data: Path, settings: DataSettings) -> RawTables:
     return RawTables(table, None if items is None else _titled(items, settings, f"{folder}, items"), users)
 
 
-def read_items(path: Path, settings: DataSettings) -> pl.LazyFrame:
+def read_items(path: Path, settings: DataSettings, *, attributes: bool = False) -> pl.LazyFrame:
     """An items table by itself, with the columns that the settings name; those of a public set have the canonical names.
 
-    Raises DataError: no such file, of no known format, or a missing column.
+    With `attributes` it may hold these alone. Raises DataError: no such file, of no known format, or a missing column.
     """
     if not path.is_file() or file_format(path) not in FORMATS:
         raise DataError(f"{path}: is no file of items; give one of {', '.join(FORMATS)}")
     item_id = settings.item_id if settings.source == "files" else "item_id"
     items = _rename(_scan_all([path], {"item_id": item_id}), {"item_id": item_id}, ("item_id",))
-    return _titled(items, settings, str(path)) if settings.source == "files" else items
+    untitled = settings.source != "files" or (attributes and settings.only_attributes(items.collect_schema()))
+    return items if untitled else _titled(items, settings, str(path))
 
 
 def _titled(items: pl.LazyFrame, settings: DataSettings, where: str) -> pl.LazyFrame:

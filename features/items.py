@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import polars as pl
+import polars.selectors as cs
 
 from features.cells import TEXTS, read_id
+from features.dataset import ATTRIBUTE
 from features.events import number, set_aside
 from features.files import readable
 from features.schema import REASON, ROW, DataSettings, Tally, require
@@ -46,10 +50,12 @@ def renew(old: pl.DataFrame | None, new: pl.DataFrame, name: str, tally: Tally) 
     return kept
 
 
-def describe(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.DataFrame:
-    """item_id, title, text, categories and numbers of an items table.
+def describe(
+    items: pl.DataFrame, settings: DataSettings, where: str, known: Mapping[str, pl.DataType] | None = None
+) -> pl.DataFrame:
+    """item_id, title, text, categories, numbers and attributes of an items table.
 
-    Raises DataError: a column is missing, or one of number_columns holds something else.
+    Raises DataError: a column is missing, or one of number_columns or attribute_columns holds something else.
     """
     require((*settings.text_columns, *settings.category_columns, *settings.number_columns), items.columns, where)
     title = _text(items, "title") if settings.title and "title" in items.columns else pl.lit("")
@@ -61,7 +67,20 @@ def describe(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Data
         text=pl.concat_str(named, separator="; ", ignore_nulls=True) if named else title,
         categories=_categories(items, settings),
         numbers=_numbers(items, settings, where),
-    )
+    ).with_columns(read_attributes(items, settings.attribute_columns, where, known))
+
+
+def read_attributes(
+    items: pl.DataFrame, names: Iterable[str], where: str, known: Mapping[str, pl.DataType] | None = None
+) -> list[pl.Series]:
+    """Columns as they are kept to filter by: Boolean, Float64, String, lists of String, or Null where no item has a value.
+
+    `known` has the types of the items before, which text is read as; without one, text that is all numbers, or all true or
+    false, is read so. Raises DataError: a column is missing, or of another type.
+    """
+    names = list(names)
+    require(names, items.columns, where)
+    return [_attribute(items[name].alias(ATTRIBUTE + name), name, where, known or {}) for name in names]
 
 
 def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tally) -> pl.DataFrame:
@@ -75,7 +94,7 @@ def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tal
     tally.settle("unknown_item", int(unlisted["all"].sum()), unlisted.select("item_id"))
     rows = (unknown if listed is None else listed).join(counts, on="item_id", how="full", coalesce=True).sort("item_id")
     rows = rows.with_columns(pl.col("training").fill_null(0)).sort("training", descending=True, maintain_order=True)
-    return rows.select(
+    items = rows.select(
         pl.int_range(FIRST_ITEM, pl.len() + FIRST_ITEM, dtype=pl.Int32).alias("row"),
         "item_id",
         "title",
@@ -83,7 +102,10 @@ def make_catalogue(listed: pl.DataFrame | None, counts: pl.DataFrame, tally: Tal
         pl.col("categories").fill_null(NO_CATEGORIES),
         pl.col("numbers").fill_null(NO_NUMBERS),
         pl.col("training").alias("events"),
+        cs.starts_with(ATTRIBUTE),
     )
+    missing = [name for name in items.columns if name.startswith(ATTRIBUTE) and items[name].null_count() == len(items)]
+    return items.cast(dict.fromkeys(missing, pl.Null))  # a type that no value shows is not kept, as if it had never been one
 
 
 def _text(items: pl.DataFrame, name: str) -> pl.Expr:
@@ -133,6 +155,48 @@ def _numbers(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Expr
     if not parts:
         return NO_NUMBERS
     return pl.select(pl.concat_list([pl.struct(part) for part in parts])).to_series()
+
+
+KINDS: dict[pl.DataType, str] = {
+    pl.Boolean(): "true or false",
+    pl.Float64(): "numbers",
+    pl.String(): "texts",
+    pl.List(pl.String): "lists of texts",
+}
+"""What an attribute may be, and how it is called."""
+
+
+def _attribute(cells: pl.Series, name: str, where: str, known: Mapping[str, pl.DataType]) -> pl.Series:
+    dtype, wanted = cells.dtype, known.get(cells.name, pl.Null())
+    if dtype in TEXTS:
+        text = cells.cast(pl.String).str.strip_chars().replace("", None)
+        kinds = (pl.Boolean(), pl.Float64(), pl.String()) if wanted == pl.Null else (wanted,)
+        readings = {kind: _read_text(text, kind) for kind in kinds if kind != pl.List(pl.String)}
+        whole = [kind for kind, cells in readings.items() if cells.null_count() == text.null_count()]
+        cells = readings[whole[0]] if whole else text
+    elif isinstance(dtype, pl.List) and dtype.inner in (*TEXTS, pl.Null):
+        value = pl.element().str.strip_chars()
+        lists = cells.cast(pl.List(pl.String))
+        cells = lists.list.eval(value.filter(value != "").unique(maintain_order=True))
+    elif dtype.is_numeric():
+        cells = cells.cast(pl.Float64)
+    elif dtype not in (pl.Boolean, pl.Null):
+        raise DataError(f"{where}: column {name!r} holds {dtype}; an attribute holds {', '.join(KINDS.values())}")
+    if cells.dtype == pl.Float64:
+        cells = pl.select(pl.when(cells.is_finite()).then(cells).alias(cells.name)).to_series()
+    if cells.null_count() == len(cells):
+        return cells.cast(pl.Null)
+    if wanted not in (pl.Null, cells.dtype):
+        found = f"{KINDS[cells.dtype]}, for the items before {KINDS[wanted]}"
+        raise DataError(f"{where}: column {name!r} holds {found}; mend it")
+    return cells
+
+
+def _read_text(text: pl.Series, kind: pl.DataType) -> pl.Series:
+    """Stripped text as an attribute of this kind; null where it is none."""
+    if kind == pl.Boolean:
+        return text.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+    return text.cast(kind, strict=False)
 
 
 def require_widths(parts: list[pl.Series], settings: DataSettings, where: str) -> None:

@@ -21,8 +21,8 @@ class RawTables:
     """user_id, item_id, timestamp (null where unknown), optionally order (place within the user); other columns are kept
     for the quarantine alone."""
     items: pl.LazyFrame | None = None
-    """item_id, optionally title, and the columns that DataSettings.text_columns, category_columns and
-    number_columns name."""
+    """item_id, optionally title, and the columns that DataSettings.text_columns, category_columns,
+    number_columns and attribute_columns name."""
     users: pl.LazyFrame | None = None
     """user_id and whatever else is known of a user."""
 
@@ -63,6 +63,9 @@ class DataSettings(Settings):
     """What separates several categories in one cell; empty: a cell is one category."""
     number_columns: tuple[str, ...] = ()
     """Columns of numbers that describe an item: one a cell (a price), or a list of always so many (a vector of its image)."""
+    attribute_columns: tuple[str, ...] = ()
+    """Columns that the model does not read and by which requests may filter items (`where`): numbers, true or false, a text or
+    a list of texts; text is read as numbers, or as true or false, where all of it is. `categories` is always there."""
     repeats: Literal["drop", "keep"] = "drop"
     """What becomes of an event that agrees with an earlier one in user, item, time and order."""
     now: int = 0
@@ -73,8 +76,17 @@ class DataSettings(Settings):
             raise ValueError("user_id, item_id and events may not be empty")
         if not (self.timestamp or self.order):
             raise ValueError("timestamp and order are both empty: name the column that orders the events")
+        if len(set(self.attribute_columns)) < len(self.attribute_columns) or "categories" in self.attribute_columns:
+            found = list(self.attribute_columns)
+            raise ValueError(f"attribute_columns are {found}: name each once, and not categories, which are always there")
         if self.now < 0:
             raise ValueError(f"now is {self.now}: give seconds since 1970, or 0 for the clock")
+
+    def only_attributes(self, columns: Iterable[str]) -> bool:
+        """Whether an items table of these columns says nothing of an item but attributes."""
+        title = {"title", self.title} if self.title else set()
+        read = {*title, *self.text_columns, *self.category_columns, *self.number_columns}
+        return bool(set(self.attribute_columns) & set(columns)) and not read & set(columns)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys import __version__
-from recsys.errors import RecipeError, RecsysError, SetupError
+from recsys.errors import RecipeError, RecsysError, RequestError, SetupError
 
 if TYPE_CHECKING:
     from recsys.config import Recipe, Settings
@@ -39,6 +39,14 @@ Times = Annotated[
     typer.Option("--times", metavar="SECOND …", help="Seconds since 1970 of each event, where the model reads them."),
 ]
 Now = Annotated[int | None, typer.Option("--now", help="Second since 1970 at which to recommend; later events are left out.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="NAME=VALUE …",
+        help="What items must be: in_stock=true price=10..20; one NAME again: any of its values.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
@@ -86,10 +94,13 @@ def train(
     recipe: RecipeName,
     dataset: DatasetPath,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run there goes on.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Finished run of which the sequence model is taken; its ranker alone is learnt.")
+    ] = None,
     device: Device = "auto",
     settings: Overrides = None,
 ) -> None:
-    """Train the sequence model; the same command again resumes an interrupted run.
+    """Train the sequence model and, where the recipe has one, its ranker; the same command again resumes an interrupted run.
 
     Example: recsys train ml-1m --dataset datasets/ml-1m --out runs/ml-1m --set train.seed=1
     """
@@ -103,22 +114,26 @@ def train(
     data = Dataset.open(dataset)
     resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
     with training_progress() as (observe, progress):
-        model = train_run(
+        made = train_run(
             data,
             resolved,
             out,
             name=chosen.name,
             device=choose_device(device),
             tracking=Tracking(chosen.read(TrackingSettings)),
+            base=model,
             observe=observe,
             progress=progress,
         )
-    best = model.manifest["quality"]["validation"]
+    best = made.manifest["quality"]["validation"]
     judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
-    if curve := model.manifest.get("depth_curve"):
-        figures = ("blocks", "recall@10", "ndcg@10")
-        records_table([{name: line[name] for name in figures} for line in curve])
-    typer.echo(f"{out}: epoch {model.manifest['best_epoch']}{judged}")
+    figures = ("blocks", "recall@10", "ndcg@10")
+    for curve in (made.manifest.get("depth_curve"), made.manifest.get("ranker", {}).get("curve")):
+        if curve:
+            records_table([{name: line[name] for name in figures} for line in curve])
+    if ranked := made.manifest.get("ranker", {}).get("curve"):
+        judged += f", with the ranker {ranked[-1]['ndcg@10']:.4f}"
+    typer.echo(f"{out}: epoch {made.manifest['best_epoch']}{judged}")
 
 
 @app.command()
@@ -227,11 +242,13 @@ def export(
     from serving.engine import DepthSettings
     from serving.export import export as export_run
     from serving.index import IndexSettings
+    from serving.ranking import ServingSettings
 
     model = open_directory(run / "model").manifest
-    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings, IndexSettings, DepthSettings))
+    recipe = Recipe(str(model["name"]), _merge(model["recipe"], settings, IndexSettings, DepthSettings, ServingSettings))
     data = None if dataset is None else Dataset.open(dataset)
-    manifest = export_run(run, out, recipe.read(IndexSettings), data, recipe.read(DepthSettings))
+    owners = (recipe.read(IndexSettings), data, recipe.read(DepthSettings), recipe.read(ServingSettings))
+    manifest = export_run(run, out, *owners)
     version = ""
     if register:
         with Tracking.of(model).run(run.name) as tracking:
@@ -263,7 +280,7 @@ def add_items(bundle: BundlePath, items: ItemsFile, out: NewBundle = None, regis
 
 @items_app.command("update")
 def update_items(bundle: BundlePath, items: ItemsFile, out: NewBundle = None, register: Register = True) -> None:
-    """Describe items of a bundle anew.
+    """Describe items of a bundle anew; a table of attributes alone (in_stock, say) changes nothing else.
 
     Example: recsys items update bundles/shop --items products.csv
     """
@@ -296,7 +313,7 @@ def _change_items(verb: str, bundle: Path, path: Path, out: Path | None, registe
     settings = DataSettings(**open_directory(bundle, verify=False).manifest["recipe"].get(DataSettings.section, {}))
     change = {"add": items.add, "update": items.update}[verb]
     with bar("texts") as progress:
-        manifest = change(bundle, read_items(path, settings), out, partial(progress, "text"))
+        manifest = change(bundle, read_items(path, settings, attributes=verb == "update"), out, partial(progress, "text"))
     _tell_change(manifest, out or bundle, register)
 
 
@@ -324,16 +341,39 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="Items to recommend.")] = 10,
     times: Times = None,
     now: Now = None,
+    where: Where = None,
+    deny: Annotated[list[str] | None, typer.Option("--deny", metavar="ID …", help="Items that may not be recommended.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="ID …", help="The only items that may be recommended.")
+    ] = None,
+    diversity: Annotated[float | None, typer.Option(help="From 0, the best items, to 1, each unlike the others.")] = None,
+    popularity: Annotated[
+        float | None, typer.Option(help="What is taken from a score for each factor e of an item's training events.")
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Say how probable each item is the next one.")] = False,
     json: AsJson = False,
 ) -> None:
     """Recommend for one history.
 
-    Example: recsys recommend bundles/ml-1m --history "Toy Story (1995)" 2 -k 10
+    Example: recsys recommend bundles/ml-1m --history "Toy Story (1995)" 2 -k 10 --where categories=Comedy
     """
     from recsys.terminal import top_table
     from serving.engine import Recommender
 
-    answer = Recommender.load(bundle).answer(history, k=k, times=times or None, now=now)
+    recommender = Recommender.load(bundle)
+    conditions = recommender.catalogue.attributes.read(where) if where else None
+    answer = recommender.answer(
+        history,
+        k,
+        times=times or None,
+        now=now,
+        deny=deny or (),
+        allow=allow or None,
+        where=conditions,
+        diversity=diversity,
+        popularity=popularity,
+        probabilities=probabilities,
+    )
     if json:
         typer.echo(json_module.dumps(answer))
     else:
@@ -344,30 +384,41 @@ def recommend(
 def explain(
     bundle: RunOrBundle,
     history: History,
+    item: Annotated[
+        list[str] | None,
+        typer.Option("--item", metavar="ID_OR_TITLE", help="The item to explain; without it the first that is recommended."),
+    ] = None,
     times: Times = None,
     now: Now = None,
-    picture: Annotated[Path | None, typer.Option(help="Write the attention of every layer as a PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write attention, drops and the attention of every layer as a PNG.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Show how much the last state attends to each event of a history (attention is a hint, not a proof).
+    """Show what carried an item: of each event the attention, and how far the score drops without it.
 
-    Example: recsys explain bundles/ml-1m --history 1 2 --picture attention.png
+    How true either is has been measured, and is said.
+
+    Example: recsys explain bundles/ml-1m --history 1 2 --item "Toy Story 2 (1999)" --picture why.png
     """
-    from recsys.terminal import records_table
-    from serving.engine import Recommender
-    from serving.explain import attention, draw
+    import torch
 
-    shares = attention(Recommender.load(bundle), history, times or None, now)
+    from recsys.terminal import explanation_table
+    from serving.engine import Recommender
+    from serving.explain import draw
+    from serving.explain import explain as explain_one
+
+    if item and len(item) > 1:
+        raise RequestError(f"--item names {len(item)} items; explain one at a time, with quotes round its title")
+    generator = torch.Generator().manual_seed(0)  # the same explanation each time
+    chosen = item[0] if item else None
+    found = explain_one(Recommender.load(bundle), history, generator, item=chosen, times=times or None, now=now)
     if picture is not None:
-        draw(shares, picture)
-    records = shares.records()
+        draw(found, picture)
     if json:
-        typer.echo(json_module.dumps(records))
-        return
-    for record in records:
-        if "words" in record:
-            record["words"] = " · ".join(f"{word} {share:.2f}" for word, share in list(record["words"].items())[:5])
-    records_table(records)
+        typer.echo(json_module.dumps(found.as_dict()))
+    else:
+        explanation_table(found.as_dict())
 
 
 @app.command()
@@ -467,11 +518,12 @@ def _owners() -> list[type[Settings]]:
     from recsys.tracking import TrackingSettings
     from serving.engine import DepthSettings
     from serving.index import IndexSettings
-    from training.run import DECISIVE
+    from serving.ranking import ServingSettings
+    from training.run import DECISIVE, RANKING
     from training.space import TuneSettings
 
-    sections = [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, TuneSettings, IndexSettings, DepthSettings]
-    return [*sections, TrackingSettings]
+    sections = [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, *RANKING, TuneSettings]
+    return [*sections, IndexSettings, DepthSettings, ServingSettings, TrackingSettings]
 
 
 def _merge(
@@ -509,7 +561,7 @@ def _one_by_one(words: list[str]) -> list[str]:
     spread: list[str] = []
     option = ""
     for word in words:
-        if word in ("--history", "--times", "--item"):
+        if word in ("--history", "--times", "--item", "--where", "--deny", "--allow"):
             option = word
             continue
         option = "" if word.startswith("-") else option

@@ -11,12 +11,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recsys import __version__
 from recsys.errors import BundleError, RecsysError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
 
@@ -62,6 +65,19 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Directory(path, content)
+
+
+def renew(old: Directory, path: Path, writers: Mapping[str, Writer], changes: Mapping[str, Any]) -> Directory:
+    """Publish a directory anew with other files or another manifest; `before` names the old one.
+
+    What `writers` do not make is copied, what `changes` do not name stays as it is, and what they say is None goes; of `clock`
+    likewise.
+    """
+    said = {key: value for key, value in old.manifest.items() if key not in ("format", "files", "hash", "id")}
+    clock = {**said["clock"], **changes.get("clock", {}), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    said = {**said, **changes, "version": __version__, "before": old.manifest["id"], "clock": clock}
+    kept = {file: partial(shutil.copyfile, old.path / file) for file in old.manifest["files"]}
+    return publish(path, {**kept, **writers}, {key: value for key, value in said.items() if value is not None})
 
 
 @contextmanager

@@ -204,12 +204,19 @@ class SequenceModel(nn.Module):
         states = [x_BTE]
         for depth, block in enumerate(self._depth()):
             states.append(self._through(depth, block, states[-1], view, generator))
-        return [self._place(x_BTE) for x_BTE in (states if self.settings.early_exit else states[-1:])]
+        return [self.place(self.norm(x_BTE)) for x_BTE in (states if self.settings.early_exit else states[-1:])]
 
     def encode(
         self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
     ) -> Tensor:
-        """Placed state of each history, shape B × E; an empty history's state is 0.
+        """Placed state of each history, shape B × E; an empty history's state is 0. As `read`."""
+        x_BTE, view = self.read(batch, now, positions=positions, leave=leave)
+        return self.place(x_BTE[torch.arange(len(batch), device=x_BTE.device), (view.lengths_B - 1).clamp(min=0)])
+
+    def read(
+        self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
+    ) -> tuple[Tensor, View]:
+        """States behind every event that is read, not yet placed, shape B × T × E; those of an empty history are 0.
 
         `now` is when each is asked for, seconds, shape B; without it, at the time of its last event. `leave` spends fewer
         blocks (a saturated state is final, as in CALM, Schuster et al. 2022): a history leaves after the first block
@@ -217,23 +224,29 @@ class SequenceModel(nn.Module):
         """
         some_B = batch.lengths > 0
         batch, asked = self.asked(batch, now)
-        x_BTE, view = self._embed(batch, None, asked, positions)
-        out_BE = x_BTE.new_zeros(len(batch), x_BTE.shape[2])
+        x_BTE, whole = self._embed(batch, None, asked, positions)
+        view, out_BTE = whole, torch.zeros_like(x_BTE)
         going_B, last_B = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
         for depth, block in enumerate(self._depth()):
             before_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
             x_BTE = self._through(depth, block, x_BTE, view)
-            state_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
             if depth >= len(leave):
                 continue
+            state_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
             left_B = cosine_similarity(self.norm(before_BE), self.norm(state_BE)) >= leave[depth]
-            out_BE[going_B[left_B]] = self._place(state_BE[left_B])
+            out_BTE[going_B[left_B]] = self.norm(x_BTE[left_B])
             going_B, last_B, x_BTE, view = going_B[~left_B], last_B[~left_B], x_BTE[~left_B], view.take(~left_B)
-            state_BE = state_BE[~left_B]
             if not len(going_B):
                 break
-        out_BE[going_B] = self._place(state_BE)
-        return out_BE * some_B[:, None]
+        out_BTE[going_B] = self.norm(x_BTE)
+        return out_BTE * some_B[:, None, None], whole
+
+    def read_all(self, batch: Batch, asked: Tensor | None) -> tuple[Tensor, View]:
+        """`read` where each state is asked for at its own time, seconds, shape N, as in training; of a causal model."""
+        x_BTE, view = self._embed(batch, None, asked, None)
+        for depth, block in enumerate(self._depth()):
+            x_BTE = self._through(depth, block, x_BTE, view)
+        return self.norm(x_BTE), view
 
     def readable(self, batch: Batch) -> Batch:
         """The last events that the model reads of each history."""
@@ -279,27 +292,56 @@ class SequenceModel(nn.Module):
             return vectors_VE[rows - FIRST_ITEM]
         out = []
         for rows_N in torch.split(rows, CHUNK):
-            nearness_NK = self.content.nearness_RK[rows_N]
-            near_NE = (embedding(self.content.neighbours_RK[rows_N], vectors_VE) * nearness_NK[..., None]).sum(1)
-            share_N1 = nearness_NK.sum(1, keepdim=True)
-            if self.settings.similarity == "cosine":
-                near_NE = normalize(near_NE, dim=1) * share_N1
-            out.append(place_items((vectors_VE[rows_N - FIRST_ITEM] + near_NE) / (1 + share_N1), self.settings.similarity))
+            near_NKE = embedding(self.content.neighbours_RK[rows_N], vectors_VE)
+            out.append(self._beside(vectors_VE[rows_N - FIRST_ITEM], near_NKE, self.content.nearness_RK[rows_N]))
         return torch.cat(out)
+
+    def described_as(self, row: int, content: Content) -> Tensor:
+        """Placed vectors of one item, as lists are made by, were its description each line of `content`; shape lines × E.
+
+        Its id and its neighbours stay. Of a model whose item vectors hold descriptions alone.
+        """
+        assert self.fusion is not None and self.content is not None
+        device, learnt = self.table.weight.device, row < FIRST_ITEM + self.ids
+        other = ItemContent(content, 0).to(device)
+        if not len(content.states_WP):  # the model learns them
+            other.states_WP = self.content.states_WP
+        rows_N = torch.arange(FIRST_ITEM, FIRST_ITEM + len(content), device=device)
+        id_1E = self.table(torch.tensor([row if learnt else UNKNOWN], device=device)) * learnt
+        own_NE = place_items(id_1E + self.fusion(rows_N, other), self.settings.similarity)
+        nearness_1K = self.content.nearness_RK[row][None]
+        if not nearness_1K.shape[1]:
+            return own_NE
+        return self._beside(own_NE, self.vectors(self.content.neighbours_RK[row][None] + FIRST_ITEM), nearness_1K)
+
+    def _beside(self, own_NE: Tensor, near_NKE: Tensor, nearness_NK: Tensor) -> Tensor:
+        """Placed vectors of items with those of their neighbours."""
+        near_NE, share_N1 = (near_NKE * nearness_NK[..., None]).sum(1), nearness_NK.sum(1, keepdim=True)
+        if self.settings.similarity == "cosine":
+            near_NE = normalize(near_NE, dim=1) * share_N1
+        return place_items((own_NE + near_NE) / (1 + share_N1), self.settings.similarity)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights on the CPU, named as with the plain torch table, so that serving needs no other."""
         named = {name: value for name, value in self.state_dict().items() if not name.startswith("table.")}
         return {name: value.detach().cpu().contiguous() for name, value in {**named, "table.weight": self.table.weight}.items()}
 
-    def attention(self, batch: Batch, now: Tensor | None = None) -> list[Tensor]:
-        """Attention weights of each block, shape B × heads × T × T; for the masked objective, a mask is the last event."""
+    def attention(self, batch: Batch, now: Tensor | None = None, leave: Sequence[float] = ()) -> list[Tensor]:
+        """Attention weights of each block, shape B × heads × T × T; for the masked objective, a mask is the last event.
+
+        As `read`: those of blocks that a history left before are 0.
+        """
         batch, asked = self.asked(batch, now)
         x_BTE, view = self._embed(batch, None, asked, None)
+        last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
+        going_B = torch.ones_like(last[0], dtype=torch.bool)
         out: list[Tensor] = []
         for depth, block in enumerate(self._depth()):
-            out.append(block.attention_weights(x_BTE, view))
+            out.append(block.attention_weights(x_BTE, view) * going_B[:, None, None, None])
+            before_BE = x_BTE[last]
             x_BTE = self._through(depth, block, x_BTE, view)
+            if depth < len(leave):
+                going_B &= cosine_similarity(self.norm(before_BE), self.norm(x_BTE[last])) < leave[depth]
         return out
 
     def attention_to_text(self, batch: Batch, now: Tensor | None = None) -> Tensor | None:
@@ -360,8 +402,9 @@ class SequenceModel(nn.Module):
         asked[ends_B[some_B]] = now[some_B]
         return batch, asked
 
-    def _place(self, x_BTE: Tensor) -> Tensor:
-        return place_users(self.norm(x_BTE), self.settings.similarity, self.settings.temperature)
+    def place(self, states: Tensor) -> Tensor:
+        """Such that a state's score of an item is their inner product; shape kept."""
+        return place_users(states, self.settings.similarity, self.settings.temperature)
 
     def _embed(
         self, batch: Batch, generator: torch.Generator | None, asked: Tensor | None, positions: int | None, packed: bool = False

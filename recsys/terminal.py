@@ -67,10 +67,11 @@ def training_progress() -> Iterator[tuple[Callable[[Observation], None], Callabl
                     " ".join(f"{name} {value:.4f}" for name, value in seen.validation.items() if name.endswith("@10")) or "none"
                 )
                 star = " *" if seen.best else ""
-                text = f"epoch {seen.epoch}: loss {seen.loss:.4f}, validation {figures}, {seen.seconds:.1f} s{star}"
+                what = "" if seen.part == "model" else f"{seen.part} "
+                text = f"{what}epoch {seen.epoch}: loss {seen.loss:.4f}, validation {figures}, {seen.seconds:.1f} s{star}"
                 (progress.console.print if progress else _print)(text)
             elif progress:
-                text = f"epoch {seen.epoch} · loss {seen.loss:.4f}"
+                text = f"{seen.part} epoch {seen.epoch} · loss {seen.loss:.4f}"
                 progress.update(task, completed=seen.step, total=seen.steps, description=text)
 
         def read(done: int, of: int) -> None:
@@ -127,15 +128,33 @@ def top_table(answer: Mapping[str, Any]) -> None:
     records_table(items, title=f"bundle {answer['bundle']}, source: {answer['source']}")
 
 
+def explanation_table(found: Mapping[str, Any]) -> None:
+    """The events with what each carried, then the item, then how true that is."""
+    events, item = [], found["item"]
+    for event in found["events"]:
+        record = {key: "–" if event[key] is None else event[key] for key in ("event", "title", "attention", "drop")}
+        events.append(record | ({"words": _words(event["words"])} if "words" in event else {}))
+    records_table(events, title=f"bundle {found['bundle']}")
+    words = f"; its score drops without {_words(item['words'])}" if item.get("words") else ""
+    print(f"{item['title']} (id {item['item_id']}): score {item['score']:.4f}{words}")
+    print(found["verdict"])
+
+
+def _words(figures: Mapping[str, float]) -> str:
+    """The first words, with their figures."""
+    return " · ".join(f"{word} {figure:.2f}" for word, figure in list(figures.items())[:5])
+
+
 def records_table(records: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """A table of records with equal keys; numbers stand on the right."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title or None)
     for key, value in (records[0] if records else {}).items():
         table.add_column(key, justify="right" if isinstance(value, int | float) else "left")
     for record in records:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in record.values()))
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else escape(str(value)) for value in record.values()))
     _show(table)
 
 

@@ -115,6 +115,13 @@ def words_of(text: str) -> list[str]:
     return _word().findall(unicodedata.normalize("NFKC", text).casefold())
 
 
+def without_words(text: str) -> dict[str, str]:
+    """What is left of a text without each of its words, wherever it stands, by the word as `words_of` names it."""
+    parts = re.split(f"({_word().pattern})", unicodedata.normalize("NFKC", text))  # every other one is a word
+    words = dict.fromkeys(part.casefold() for part in parts[1::2])
+    return {word: "".join(part for part in parts if part.casefold() != word).strip() for word in words}
+
+
 class Lsa:
     """Latent semantic analysis: TF-IDF and a truncated SVD (Deerwester et al. 1990), by scikit-learn; exact and small.
 

@@ -10,12 +10,13 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recsys import __version__
 from recsys.errors import RequestError, SetupError
 from serving.engine import Recommender
+from serving.filters import VALUES
 
 BODY = 2**20
 """Most bytes of a request; uvicorn itself has no limit."""
@@ -23,6 +24,17 @@ BODY = 2**20
 ItemId = int | Annotated[str, Field(max_length=500)]
 Second = Annotated[int, Field(ge=0, lt=2**40)]
 Items = Annotated[list[ItemId], Field(max_length=10_000)]
+VALUE: dict[str, Any] = {"anyOf": [{"type": "boolean"}, {"type": "number"}, {"type": "string"}]}
+RANGE = {
+    "type": "object",
+    "properties": {"min": {"type": "number"}, "max": {"type": "number"}},
+    "minProperties": 1,
+    "additionalProperties": False,
+}
+Condition = Annotated[
+    Any, WithJsonSchema({"anyOf": [*VALUE["anyOf"], {"type": "array", "items": VALUE, "maxItems": VALUES}, RANGE]})
+]
+"""Of a type that the bundle's attributes decide; the recommender checks it."""
 
 
 class Question(BaseModel):
@@ -45,6 +57,18 @@ class Question(BaseModel):
     filter_seen: bool = Field(True, description="Leave out what stands in the history.")
     deny: Items = Field([], description="Ids of items that may not be recommended.")
     allow: Items | None = Field(None, description="Ids of the only items that may be recommended.")
+    where: dict[Annotated[str, Field(max_length=500)], Condition] = Field(
+        {},
+        max_length=50,
+        description="What items must be, by the name of an attribute, or categories: a value, a list of values of which an "
+        "item has any, or of numbers {min, max}, one of which may be missing.",
+        examples=[{"in_stock": True, "brand": ["Acme", "Globex"], "price": {"min": 10, "max": 20}}],
+    )
+    diversity: float | None = Field(None, ge=0, le=1, description="0: the best items; 1: each as unlike the others as can be.")
+    popularity: float | None = Field(
+        None, ge=-100, le=100, description="What is taken from a score for each factor e of an item's training events."
+    )
+    probabilities: bool = Field(False, description="Say of each item how probable it is that it is the next one.")
     ignore_unknown: bool = Field(False, description="Leave out ids and titles that are no item, and name them in the answer.")
 
 
@@ -55,6 +79,7 @@ class Recommended(BaseModel):
     item_id: ItemId
     title: str
     score: float
+    probability: float | None = Field(None, description="That it is the next item, if one of the candidates is.")
 
 
 class Answer(BaseModel):
@@ -88,7 +113,7 @@ def create_app(recommender: Recommender) -> FastAPI:
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     # A plain function: FastAPI runs it in a thread, so that /health answers while a list is made.
-    @app.post("/v1/recommend", responses={413: {"model": Problem}, 422: {"model": Problem}})
+    @app.post("/v1/recommend", response_model_exclude_none=True, responses={413: {"model": Problem}, 422: {"model": Problem}})
     def recommend(question: Question) -> Answer:
         """The k best items for a history; for an empty or wholly unknown one, the most popular."""
         if question.history and question.titles:
@@ -102,6 +127,10 @@ def create_app(recommender: Recommender) -> FastAPI:
             filter_seen=question.filter_seen,
             deny=question.deny,
             allow=question.allow,
+            where=question.where,
+            diversity=question.diversity,
+            popularity=question.popularity,
+            probabilities=question.probabilities,
             ignore_unknown=question.ignore_unknown,
             find=items.by_title if question.titles else items.by_id,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recsys.batch import FIRST_ITEM, Sequences
 from recsys.errors import RequestError
+from serving.filters import Attributes
 
 if TYPE_CHECKING:
     import polars as pl
@@ -60,6 +61,11 @@ class Catalogue:
     def removed(self) -> Tensor:
         """Whether an item was taken out of what may be recommended; bool."""
         return torch.tensor(self.table[REMOVED].to_numpy())
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What requests may filter items by."""
+        return Attributes(self.table)
 
     def __len__(self) -> int:
         return len(self.items)

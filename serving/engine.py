@@ -5,7 +5,8 @@ Parity: a history's list is the same alone, in any batch, online and at night, b
 alone and is a multiple of 16; padded to the longest of its batch, two of three states change in the last bits (1e-6), and
 with them the order of close items. Measured in float32 with widths of 24 to 512, batches of 1 to 32, 1 and 2 threads, on
 AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events and 20 % for those of 50.
-*Search*: an index only names candidates, and how many it is asked for depends on the request and the history alone.
+*Search*: an index only names candidates, and how many it is asked for depends on the request and the history alone; so does
+whether the events of a long history are left out by the search or afterwards.
 *Scores*: candidates that rounding could have put in or out are scored again, in float64, each product by itself.
 
 B histories · E width · V items · n, C candidates · k places of a list
@@ -22,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +32,13 @@ from recsys.bundle import MANIFEST, Directory, open_directory
 from recsys.config import Settings
 from recsys.errors import BundleError, RequestError, SetupError
 from recsys.model import model_from
+from recsys.ranker import Known, Look, ranker_from
+from serving.calibration import Calibration
 from serving.catalogue import ITEMS, Catalogue, Find
 from serving.filters import allowed_lines, seen, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
 from serving.lists import Lists, best
+from serving.ranking import ServingSettings, candidates, chosen_blocks, listed, of_rows, rank
 
 VECTORS = "vectors.safetensors"
 POSITIONS = 16
@@ -44,8 +49,11 @@ QUERIES = 16
 """Histories searched at once; from 20 on FAISS takes other kernels, which round otherwise."""
 MARGIN = 16
 """Candidates beyond k that are scored exactly, where an index found them by rounded vectors."""
-FEW = 20_000
-"""Allowed items up to which they are searched exactly: faster than an index, and nothing is missed."""
+FEW = 50_000
+"""Allowed items up to which they are searched exactly, in at most 3 ms of width 64, and nothing is missed: of so many among
+1,000,000, ivf finds 95 % of the best 100."""
+LONG = 1000
+"""Events beyond which a history has a search of its own that leaves them out; to ask for so many more takes longer."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Recommender:
         self.manifest, self.path = directory.manifest, directory.path
         self.catalogue = Catalogue(directory.path / ITEMS)
         self.model = model_from(directory, device).eval().requires_grad_(False)
-        self.leave = _leave(self.manifest)
+        self.leave = _leave(self.manifest, DepthSettings(**self.manifest["recipe"].get(DepthSettings.section, {})))
         bundle = self.manifest["kind"] == "bundle"
         vectors_VE = read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
         if len(vectors_VE) != self.model.lines:
@@ -78,6 +86,15 @@ class Recommender:
             )
         self.scan = Scan(vectors_VE)
         self.popularity = Scan(self.catalogue.events[: self.lines, None].to(device))  # for a state of 1, the score is the count
+        self.ranker = ranker_from(directory, self.model, device)
+        if self.ranker is not None:
+            self.ranker.eval().requires_grad_(False)
+        self.known = Known(
+            vectors_VE, self.catalogue.events[: self.lines].log1p().to(device), self.model.items, self.model.content
+        )
+        self.serving = ServingSettings(**self.manifest["recipe"].get(ServingSettings.section, {}))
+        self.ranker_blocks = chosen_blocks(self.serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
+        self.calibration = Calibration.read(self.manifest.get("calibration"))
         live_V = self.model.known_V.cpu() & ~self.catalogue.removed[: self.lines]
         self.live_V = None if bool(live_V.all()) else live_V
         self.searcher: Searcher = self.scan
@@ -106,6 +123,21 @@ class Recommender:
         """The same without its index."""
         other = copy.copy(self)
         other.searcher = self.scan
+        return other
+
+    def with_ranker(self, blocks: int) -> Recommender:
+        """The same with so many blocks of its ranker; with 0, lists are in the order of retrieval."""
+        other = copy.copy(self)
+        other.ranker_blocks = blocks
+        return other
+
+    def with_profile(self, serving: ServingSettings, depth: DepthSettings, index: IndexSettings) -> Recommender:
+        """The same at another cost; of the index, only how much it searches. Raises SetupError: as depth.blocks."""
+        other = copy.copy(self)
+        other.serving, other.leave = serving, _leave(self.manifest, depth)
+        other.ranker_blocks = chosen_blocks(serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
+        if isinstance(self.searcher, Index):
+            other.searcher = self.searcher.searching(index)
         return other
 
     @property
@@ -142,48 +174,124 @@ class Recommender:
         filter_seen: bool = True,
         deny: Iterable[int] = (),
         allow: Iterable[int] | None = None,
+        where: Mapping[str, Any] | None = None,
+        diversity: float | None = None,
+        popularity: float | None = None,
+        probabilities: bool = False,
     ) -> Lists:
         """The k best items for each history of item rows; fewer only where fewer are allowed.
 
         `now` is when they are asked for, in seconds since 1970, for all or for each: later events are left out, and a model
-        that reads the time of requests needs it. `deny` and `allow` are item rows.
-        Raises RequestError: k below 1, or no `now` where the model reads it.
+        that reads the time of requests needs it. `deny` and `allow` are item rows, `where` conditions that items must meet, as
+        serving.filters.Attributes has them, `diversity` and `popularity` those of ServingSettings (default: the bundle's).
+        With `probabilities` the lists hold them: that an item is the next one, if a candidate is.
+        Raises RequestError: k below 1, a diversity of none, probabilities of a bundle without a calibration, no `now` where
+        the model reads it, or a condition that cannot be.
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
-        histories = histories.to(self.scan.vectors_VE.device)
-        if now is not None:
-            now = torch.as_tensor(now, device=histories.times.device).expand(len(histories))
-            histories = until(histories, now)
-        elif self.reads_now:
-            raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
-        allowed_V = allowed_lines(self.lines, deny, allow, self.live_V)
-        few = allowed_V is not None and int(allowed_V.sum()) <= FEW
-        states_BE, popular_B = self.encode(histories, now), ~self._known(histories)
-        n_B = k + MARGIN + (histories.lengths if filter_seen else 0 * histories.lengths)
-        n_B = (2 ** n_B.double().log2().ceil()).long().clamp(max=self.lines)
-        rows_BK, scores_BK = n_B.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
-        for popular, n in sorted(set(zip(popular_B.tolist(), n_B.tolist(), strict=True))):
-            scan = self.popularity if popular else self.scan
-            searcher = scan if popular or few else self.searcher
-            for chunk in torch.split(((popular_B == popular) & (n_B == n)).nonzero().flatten(), QUERIES):
-                states = states_BE.new_ones(len(chunk), 1) if popular else states_BE[chunk]
-                hidden = _take(histories, chunk) if filter_seen else None
-                rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, states, hidden, k, n, allowed_V)
-        return Lists(rows_BK.cpu(), scores_BK.cpu(), popular_B.cpu())
+        serving = self.serving.asked(diversity, popularity)
+        if probabilities and self.calibration is None:
+            raise RequestError(f"{self.path}: its scores are not calibrated; export it with --dataset, or ask for scores alone")
+        histories, now = self._as_of(histories, now)
+        meeting_V = self.catalogue.attributes.meeting(where) if where else None
+        meeting_V = None if meeting_V is None else meeting_V[: self.lines]
+        allowed_V = allowed_lines(self.lines, deny, allow, self.live_V, meeting_V)
+        popular_B = ~self._known(histories)
+        named = candidates(serving, self.ranker, self.ranker_blocks, k, beside=probabilities)
+        states_BE, look = self._read(histories, now)
+        rows_BK, scores_BK = histories.values.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
+        chances_BK = torch.zeros_like(scores_BK)
+        for popular in sorted(set(popular_B.tolist())):
+            chosen = (popular_B == popular).nonzero().flatten()
+            hidden = _take(histories, chosen) if filter_seen else None
+            if popular:
+                ones = states_BE.new_ones(len(chosen), 1)
+                rows_BK[chosen], scores_BK[chosen] = find(self.popularity, self.popularity, ones, k, hidden, allowed_V)
+                continue
+            rows_BN, scores_BN = find(self.searcher, self.scan, states_BE[chosen], named, hidden, allowed_V)
+            scores_BN = self._rank(rows_BN, scores_BN, look and look.take(chosen))
+            rows_BK[chosen], scores_BK[chosen] = listed(rows_BN, scores_BN, self.known, serving, k)
+            if probabilities and self.calibration is not None:
+                chances_BN = self.calibration.probabilities(scores_BN.cpu()).to(scores_BN.device)
+                chances_BK[chosen] = of_rows(rows_BK[chosen], rows_BN, chances_BN, 0.0)
+        return Lists(rows_BK.cpu(), scores_BK.cpu(), popular_B.cpu(), chances_BK.cpu() if probabilities else None)
+
+    @torch.inference_mode()
+    def score(
+        self, histories: Batch, rows_BC: Tensor, now: int | Tensor | None = None, vectors_BCE: Tensor | None = None
+    ) -> Tensor:
+        """Scores of given item rows for each history, as lists have them; float32 of shape B × C, -inf without a vector.
+
+        `now` as in recommend; an empty history scores 0. `vectors_BCE` stand in the place of the items' own, before retrieval's
+        eyes alone. A ranker scores each item beside what retrieval names for the history.
+        Raises RequestError: no `now` where the model reads it.
+        """
+        histories, now = self._as_of(histories, now)
+        rows_BC = rows_BC.to(self.scan.vectors_VE.device)
+        lines_BC = rows_BC - FIRST_ITEM
+        some_BC = (lines_BC >= 0) & (lines_BC < self.lines)
+        if vectors_BCE is None:
+            vectors_BCE = self.scan.vectors_VE[lines_BC.where(some_BC, 0)]
+        states_BE, look = self._read(histories, now)
+        scores_BC = _score(states_BE, vectors_BCE)
+        if look is not None and self.ranker is not None:
+            named = candidates(self.serving, self.ranker, self.ranker_blocks, 1)
+            rows_BN, best_BN = find(self.searcher, self.scan, states_BE, named, histories, self.live_V)
+            columns = []
+            for row_B1, score_B1 in zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True):
+                hit_BN = rows_BN == row_B1
+                place_B1 = torch.where(hit_BN.any(1), hit_BN.byte().argmax(1), named - 1)[
+                    :, None
+                ]  # else in the place of the last
+                ranked_BN = self._rank(rows_BN.scatter(1, place_B1, row_B1), best_BN.scatter(1, place_B1, score_B1), look)
+                columns.append(ranked_BN.gather(1, place_B1))
+            scores_BC = torch.cat(columns, 1)
+        return scores_BC.masked_fill(~some_BC, -torch.inf).cpu()
+
+    @torch.inference_mode()
+    def candidates(self, histories: Batch, now: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows and scores of all that is ranked for each history, unseen and live; in the order of retrieval, shape B × N.
+
+        `now` as in recommend.
+        """
+        histories, now = self._as_of(histories, now)
+        states_BE, look = self._read(histories, now)
+        named = candidates(self.serving, self.ranker, self.ranker_blocks, 1, beside=True)
+        rows_BN, scores_BN = find(self.searcher, self.scan, states_BE, named, histories, self.live_V)
+        return rows_BN, self._rank(rows_BN, scores_BN, look)
+
+    def _rank(self, rows_BN: Tensor, scores_BN: Tensor, look: Look | None) -> Tensor:
+        """The ranker's scores of candidates, or without a look those of retrieval; shape B × N."""
+        if look is None or self.ranker is None:
+            return scores_BN
+        out_BN = torch.empty_like(scores_BN)
+        for part in torch.split(torch.arange(len(rows_BN), device=rows_BN.device), QUERIES):
+            out_BN[part] = rank(self.ranker, self.ranker_blocks, self.known, rows_BN[part], scores_BN[part], look.take(part))
+        return out_BN
 
     @torch.inference_mode()
     def encode(self, histories: Batch, now: Tensor | None = None) -> Tensor:
         """`model.encode`, such that a history's state does not depend on its batch; shape B × E."""
+        return self._read(histories, now)[0]
+
+    def _read(self, histories: Batch, now: Tensor | None) -> tuple[Tensor, Look | None]:
+        """The states, and what a ranker looks at; None where none is served."""
+        span = self.ranker.settings.span if self.ranker is not None and self.ranker_blocks else 0
         read = self.model.readable(histories)
         places_B = read.lengths + (self.model.settings.objective == "masked")
         padded_B = (places_B + POSITIONS - 1) // POSITIONS * POSITIONS * (read.lengths > 0)
         out_BE = self.scan.vectors_VE.new_zeros(len(read), self.scan.vectors_VE.shape[1])
+        look = Look.empty(out_BE, span) if span else None
         for positions in sorted(set(padded_B.tolist()) - {0}):
             for chunk in torch.split((padded_B == positions).nonzero().flatten(), max(1, TOKENS // positions)):
                 asked = None if now is None else now[chunk]
-                out_BE[chunk] = self.model.encode(_take(read, chunk), asked, positions=positions, leave=self.leave)
-        return out_BE
+                x_BTE, view = self.model.read(_take(read, chunk), asked, positions=positions, leave=self.leave)
+                lines_B, last_B = torch.arange(len(chunk), device=chunk.device), view.lengths_B - 1
+                out_BE[chunk] = self.model.place(x_BTE[lines_B, last_B])
+                if look is not None:
+                    look.put(chunk, Look.at(x_BTE, view, lines_B, last_B, span))
+        return out_BE, look
 
     def answer(
         self,
@@ -195,13 +303,18 @@ class Recommender:
         filter_seen: bool = True,
         deny: Sequence[int | str] = (),
         allow: Sequence[int | str] | None = None,
+        where: Mapping[str, Any] | None = None,
+        diversity: float | None = None,
+        popularity: float | None = None,
+        probabilities: bool = False,
         ignore_unknown: bool = False,
         find: Find | None = None,
     ) -> dict[str, Any]:
         """One list with ids and titles, ready for JSON: bundle, source, unknown (words that are no item), items.
 
-        `history` holds ids or titles (`find`: one of them alone), `times` the second of each; `deny` and `allow` hold ids.
-        `now` is the clock's, where the model reads it and none is given.
+        `history` holds ids or titles (`find`: one of them alone), `times` the second of each; `deny` and `allow` hold ids,
+        `where`, `diversity`, `popularity` and `probabilities` are those of recommend. `now` is the clock's, where the model
+        reads it and none is given.
         Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; no times where the model reads
         them; as recommend.
         """
@@ -210,12 +323,15 @@ class Recommender:
         batch, now = self.request(rows(history, find or self.catalogue.by_either), times, now)
         denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
-        lists = self.recommend(batch, k, now, filter_seen, denied, allowed)
+        lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities)
         items = [
             {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}
             for rank, (row, score) in enumerate(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True), 1)
             if row != PADDING
         ]
+        if lists.probabilities is not None and not bool(lists.popular[0]):
+            for item, chance in zip(items, lists.probabilities[0].tolist(), strict=False):
+                item["probability"] = chance
         return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
 
     def request(
@@ -237,10 +353,41 @@ class Recommender:
         batch = Batch.of([[row for row, _ in events]], [[second for _, second in events]])
         return batch, int(time.time()) if now is None and self.reads_now else now
 
+    def _as_of(self, histories: Batch, now: int | Tensor | None) -> tuple[Batch, Tensor | None]:
+        """The histories without events later than `now`, and `now` of each."""
+        histories = histories.to(self.scan.vectors_VE.device)
+        if now is not None:
+            now = torch.as_tensor(now, device=histories.times.device).expand(len(histories))
+            return until(histories, now), now
+        if self.reads_now:
+            raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
+        return histories, None
+
     def _known(self, histories: Batch) -> Tensor:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
         read = self.model.readable(histories)
         return torch.bincount(read.owners[self.model.reads(read.values)], minlength=len(read)) > 0
+
+
+def find(
+    searcher: Searcher, scan: Scan, states_BE: Tensor, k: int, hidden: Batch | None = None, allowed_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows and scores of the k best allowed items for each state, without those of its history in `hidden`; shape B × k."""
+    if allowed_V is not None and np.count_nonzero(allowed_V.numpy()) <= FEW:
+        searcher = scan
+    items, lengths_B = len(scan.vectors_VE), torch.zeros(len(states_BE), dtype=torch.int64, device=states_BE.device)
+    lengths_B = lengths_B if hidden is None else hidden.lengths
+    rows_BK, scores_BK = lengths_B.new_zeros(len(states_BE), k), states_BE.new_zeros(len(states_BE), k)
+    n_B = (2 ** (k + MARGIN + lengths_B).double().log2().ceil()).long().clamp(max=items).masked_fill(lengths_B > LONG, 0)
+    for n in sorted(set(n_B.tolist()) - {0}):
+        for chunk in torch.split((n_B == n).nonzero().flatten(), QUERIES):
+            part = None if hidden is None else _take(hidden, chunk)
+            rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, states_BE[chunk], part, k, n, allowed_V)
+    for one in (n_B == 0).nonzero():
+        assert hidden is not None  # else no history is long
+        unseen_V = allowed_lines(items, _take(hidden, one).values, None, allowed_V)
+        rows_BK[one], scores_BK[one] = find(searcher, scan, states_BE[one], k, None, unseen_V)
+    return rows_BK, scores_BK
 
 
 def _search(
@@ -255,14 +402,14 @@ def _search(
         kth_B = rough_BN.masked_fill(places_BN < k, -torch.inf).amax(1)
         rounding_B = 2**-22 * states_BE.shape[1] * states_BE.norm(dim=1) * scan.longest
         wanted_BN = keep_BN & (rough_BN >= (kth_B - rounding_B)[:, None])
-        settled_B = ~wanted_BN[:, -1] if n < len(scan.vectors_VE) else torch.ones_like(found_BN[:, 0])
+        settled_B = ~found_BN[:, -1] | (rough_BN[:, -1] < kth_B - rounding_B) | (n == len(scan.vectors_VE))
     else:
         wanted_BN = keep_BN & (places_BN <= k + MARGIN)
-        settled_B = places_BN[:, -1] >= k
+        settled_B = found_BN[:, -1]  # else few are allowed where the index looked, and better ones may be elsewhere
     most = int(wanted_BN.sum(1).max())
     first_BC = wanted_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
     lines_BC, wanted_BC = lines_BN.gather(1, first_BC), wanted_BN.gather(1, first_BC)
-    scores_BC = _score(states_BE, scan.vectors_VE, lines_BC.clamp(min=0)).masked_fill(~wanted_BC, -torch.inf)
+    scores_BC = _score(states_BE, scan.vectors_VE[lines_BC.clamp(min=0)]).masked_fill(~wanted_BC, -torch.inf)
     rows_BK, scores_BK = best(lines_BC + FIRST_ITEM, scores_BC, k)
     rest = (~settled_B).nonzero().flatten()
     if len(rest):
@@ -272,24 +419,23 @@ def _search(
     return rows_BK, scores_BK
 
 
-def _score(states_BE: Tensor, vectors_VE: Tensor, lines_BC: Tensor) -> Tensor:
+def _score(states_BE: Tensor, vectors_BCE: Tensor) -> Tensor:
     """Inner products in float64, rounded to float32: the same for a pair in any company."""
-    return (states_BE.double()[:, None] * vectors_VE[lines_BC].double()).sum(2).float()
+    return (states_BE.double()[:, None] * vectors_BCE.double()).sum(2).float()
 
 
 def _take(histories: Batch, chosen: Tensor) -> Batch:
     return gather(histories.values, histories.times, histories.offsets[chosen], histories.offsets[chosen + 1])
 
 
-def _leave(manifest: Mapping[str, Any]) -> list[float]:
+def _leave(manifest: Mapping[str, Any], settings: DepthSettings) -> list[float]:
     """When histories leave the model early, so that they cost at most depth.blocks on average: the best measured way.
 
     Raises SetupError: the model was not trained for it.
     """
-    blocks = DepthSettings(**manifest["recipe"].get(DepthSettings.section, {})).blocks
-    if not blocks:
+    if not settings.blocks:
         return []
-    curve = [line for line in manifest.get("depth_curve", ()) if line["blocks"] <= blocks]
+    curve = [line for line in manifest.get("depth_curve", ()) if line["blocks"] <= settings.blocks]
     if not curve:
         raise SetupError(
             "depth.blocks is set, and the model has no measured exits; train with model.early_exit=true and a validation split"

@@ -87,7 +87,8 @@ def evaluate(
     """Judge users who have a history and, in the split, a target: an item new to them; with `repeats`, any item.
 
     Without `repeats` items of the history are not recommended. A target that the model has no vector for is missed. With
-    `baselines` popularity and item-kNN are judged too, and exact search where the bundle's is not. `depth` is how long
+    `baselines` popularity and item-kNN are judged too, and each stage of the served path: as retrieved and as ranked where
+    there is a ranker, exact search (as retrieved) where the bundle's is not. `depth` is how long
     lists are (default and least: the largest k). A model that reads the time of requests is asked at the time of each
     user's first target. A data set with cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the
     cold ones once more among cold items alone, beside the items nearest to the mean text of the history. `progress` hears
@@ -103,8 +104,13 @@ def evaluate(
     users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
     listers: dict[str, Lister] = {"model": recommender}
     if baselines:
+        if recommender.ranker is not None:
+            if recommender.ranker_blocks:
+                listers["model, as retrieved"] = recommender.with_ranker(0)
+            else:
+                listers["model, ranked"] = recommender.with_ranker(recommender.ranker.settings.blocks)
         if not recommender.searcher.exact:
-            listers["model, exact search"] = recommender.with_exact_search()
+            listers["model, exact search"] = recommender.with_ranker(0).with_exact_search()
         learnt = recommender.model.items
         listers |= {name: fit(sequences.learnable(learnt), learnt) for name, fit in BASELINES.items()}
     cold = _Cold.of(recommender, dataset)
@@ -116,7 +122,7 @@ def evaluate(
         def tell(done: int, number: int = number) -> None:
             progress(number * len(users_U) + done, len(listers) * len(users_U))
 
-        lists, ranks_P, owners_P, targets_P = _judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
+        lists, ranks_P, owners_P, targets_P = judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
         if not len(owners_P):
             raise DataError(f"the {split} split has no user with a history and a target; give more events or another [split]")
         if cold is not None:
@@ -185,7 +191,7 @@ class _Among:
         return self.recommender.recommend(histories, k, now, filter_seen, allow=rows)
 
 
-def _judge(
+def judge(
     lister: Lister, sequences: Sequences, split: str, users_U: Tensor, depth: int, repeats: bool, tell: Callable[[int], None]
 ) -> tuple[Lists, Tensor, Tensor, Tensor]:
     """The lists of all users, and rank, owner (place in `users_U`) and item row of every target."""

@@ -1,73 +1,244 @@
-"""What a user state looked at: attention weights of a history, as numbers and as a picture."""
+"""What carried a recommendation: the attention and the drop of each event and word, and how true either is.
+
+The *attention* of an event is its share of what the last state draws from; its *drop* is how much the item's score falls
+without it. A drop is true of its event by definition, attention need not be. Either is tested by leaving several events out
+together: does the sum of their attentions, or of their drops, tell how far the score falls (the linear datamodeling score, Park
+et al. 2023)?
+
+T events · S events and the mask behind them, if the model has one · L layers · H heads · G groups of events · B histories
+N lines of a description
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recsys.batch import FIRST_ITEM, PADDING, Batch
-from recsys.content import ENCODER, ContentEncoder
+from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
+from recsys.content import ENCODER, ContentEncoder, Described
 from recsys.errors import RequestError
+from recsys.text import without_words
 from serving.engine import Recommender
 from serving.filters import until
 
+GROUPS = 32
+"""Groups of events that are left out together."""
+FEWEST = 4
+"""Events from which on there are groups of two or more that are not all of them."""
+WORDS = 32
+"""Words of an item's text that are left out, the first ones."""
+EVENTS = 50
+"""Last events of a history by which a bundle is measured."""
+TRUSTED = 0.5
+"""Correlation below which a figure is called not to be trusted: half of the order, at most, is that of the truth."""
+FIGURES = ("attention_with_drops", "attention_on_groups", "drops_on_groups")
+"""Rank correlations (Spearman) of the events' attention with their drops, and of the summed attention and the summed drops of
+groups with what happens without them; None where there is nothing to compare."""
+NEXT = "(next)"
+"""Title of the mask."""
+DRAWN = 100
+"""Events that a picture shows, the last ones."""
+
+Figures = Mapping[str, float | None]
+
 
 @dataclass(frozen=True)
-class Attention:
-    """How much each event attends to each other, T events long; a masked model's last is the mask."""
+class Explanation:
+    """What carried the score of one item for one history."""
 
-    titles: list[str]
-    weights_LHTT: Tensor
-    """By layer and head; each line sums to 1."""
-    words: list[dict[str, float]] | None = None
-    """Of each event, how much the last state draws from each word of its item's text; None where the model reads no words."""
+    bundle: str
+    item: dict[str, Any]
+    """item_id, title and score; where item vectors hold text, `words`: the drop of each word of its own, largest first."""
+    events: list[dict[str, Any]]
+    """Those that the model reads, oldest first: event (its number in the history), item_id, title, attention (together 1) and
+    drop; where states attend to words, `words`: their shares (together 1), largest first. A mask has neither id nor drop."""
+    figures: Figures
+    """Of this history."""
+    bundle_figures: Mapping[str, Any] | None
+    """Means over the histories of a data set, and how many; None for a run, or a bundle that was made without a data set."""
+    weights_LHSS: Tensor
+    """Attention by layer and head; each line sums to 1, or is 0 where the history left the model before."""
 
-    def records(self) -> list[dict[str, Any]]:
-        """The share of each event in the last state, oldest first: the mean over layers and heads.
+    def as_dict(self) -> dict[str, Any]:
+        """All but the weights; ready for JSON."""
+        faithfulness = {"history": dict(self.figures), "bundle": self.bundle_figures and dict(self.bundle_figures)}
+        about = {"bundle": self.bundle, "item": self.item, "events": self.events}
+        return {**about, "faithfulness": faithfulness, "verdict": self.verdict}
 
-        Where the model reads words, those of each event with their shares, largest first: together they are 1.
-        """
-        shares = self.weights_LHTT[:, :, -1].mean((0, 1)).tolist()
-        records: list[dict[str, Any]] = [
-            {"event": place, "title": title, "share": share}
-            for place, (title, share) in enumerate(zip(self.titles, shares, strict=True), 1)
-        ]
-        if self.words is not None:
-            for record, words in zip(records, self.words, strict=True):
-                record["words"] = dict(sorted(words.items(), key=lambda word: -word[1]))
-        return records
+    @property
+    def verdict(self) -> str:
+        """Whether attention and sums of drops are to be trusted, with the figures that say so: one sentence."""
+        bundle = self.bundle_figures or {}
+        agreed, summed, drops = ((self.figures[name], bundle.get(name)) for name in FIGURES)
+        known = [figure for figure in agreed if figure is not None]
+        if not known:
+            lead = "Nothing tells whether attention is to be trusted here"
+        elif min(known) < TRUSTED:
+            lead = "Do not trust attention here"
+        else:
+            lead = "Attention is a fair hint here"
+        beside = f"mean over {bundle.get('histories')} histories: "
+        said = f"{lead}: its rank correlation with the drops is {_both(*agreed, beside)}; where several events are left out "
+        said += f"together, that of summed attention with the truth is {_both(*summed)}, of summed drops {_both(*drops)}"
+        if drops[0] is not None and drops[0] < TRUSTED:
+            said += ", so that drops do not add up here"
+        if bundle:
+            return f"{said}."
+        return f"{said}; other histories were not measured: `recsys export --dataset` does it for a bundle."
+
+
+def _both(here: float | None, mean: float | None, beside: str = "") -> str:
+    said = "unknown" if here is None else f"{here:.2f}"
+    return said if mean is None else f"{said} ({beside}{mean:.2f})"
 
 
 @torch.inference_mode()
-def attention(
-    recommender: Recommender, history: Sequence[str], times: Sequence[int] | None = None, now: int | None = None
-) -> Attention:
-    """Attention over a history of item ids or titles, cut to what the model reads when it is asked at `now`.
+def explain(
+    recommender: Recommender,
+    history: Sequence[int | str],
+    generator: torch.Generator,
+    *,
+    item: int | str | None = None,
+    times: Sequence[int] | None = None,
+    now: int | None = None,
+) -> Explanation:
+    """What carried an item (default: the first that is recommended) for a history, both by ids or titles.
 
-    Raises RequestError: an unknown item, or as Recommender.request.
+    Events are left out of what the model reads of the history at `now`; no older one moves up. The generator draws the groups.
+    Raises RequestError: an unknown item, one that the model knows nothing of, a history of which it knows nothing; as
+    Recommender.request. SetupError: the encoder of the items' text is not there.
     """
-    batch, now = recommender.request([recommender.catalogue.resolve(item) for item in history], times, now)
-    asked = None if now is None else torch.tensor([now])
-    batch = batch if asked is None else until(batch, asked)
-    weights = recommender.model.attention(batch, asked)
-    titles = [recommender.catalogue.title(row) for row in recommender.model.readable(batch).values.tolist()]
-    masks = weights[0].shape[-1] - len(titles)
-    titles += ["(next)"] * masks
-    return Attention(titles, torch.cat(weights), _words(recommender, batch, asked, len(titles)))
+    catalogue, device = recommender.catalogue, recommender.scan.vectors_VE.device
+    batch, now = recommender.request([catalogue.resolve(word) for word in history], times, now)
+    asked_for = None if item is None else catalogue.resolve(item)
+    first = recommender.recommend(batch, 1, now)
+    row = int(first.rows[0, 0]) if asked_for is None else asked_for
+    if bool(first.popular[0]):
+        raise RequestError("the model knows nothing of this history, so popularity made the list; give an item that was learnt")
+    if row == PADDING:
+        raise RequestError("no item is left to recommend; name one to explain")
+    known_V = recommender.model.known_V
+    if row - FIRST_ITEM >= len(known_V) or not bool(known_V[row - FIRST_ITEM]):
+        raise RequestError(f"the model knows nothing of item {str(item)!r}, so nothing carried it; name another")
+    batch = batch.to(device)
+    whole = batch if now is None else until(batch, torch.tensor([now], device=device))
+    read = recommender.model.readable(whole)
+    found = _measure(recommender, read, row, now, generator)
+    rows: list[int | None] = [*read.values.tolist(), *[None] * (len(found.shares_S) - len(read.values))]
+    drops: list[float | None] = [*found.drops_T.tolist(), *[None] * (len(rows) - len(found.drops_T))]
+    before = len(whole.values) - len(read.values)
+    events: list[dict[str, Any]] = [
+        {"event": before + place, **_named(recommender, row), "attention": share, "drop": drop}
+        for place, (row, share, drop) in enumerate(zip(rows, found.shares_S.tolist(), drops, strict=True), 1)
+    ]
+    for event, words in zip(events, _words(recommender, read, now, len(rows)) or [], strict=False):
+        event["words"] = _ranked(words)
+    told: dict[str, Any] = {**_named(recommender, row), "score": found.score}
+    own = _own_words(recommender, read, row, now)
+    if own is not None:
+        told["words"] = _ranked(own)
+    figures, measured = found.figures, recommender.manifest.get("faithfulness")
+    return Explanation(recommender.id, told, events, figures, measured, found.weights_LHSS.cpu())
 
 
-def _words(recommender: Recommender, batch: Batch, asked: Tensor | None, events: int) -> list[dict[str, float]] | None:
-    shares_1HUL = recommender.model.attention_to_text(batch, asked)
+@torch.inference_mode()
+def faithfulness(
+    recommender: Recommender, histories: Batch, now_B: Tensor | None, generator: torch.Generator
+) -> dict[str, float | int | None]:
+    """The mean of each of FIGURES over histories, each for its first item and by its last EVENTS events, and how many.
+
+    A history of which the model knows nothing, or for which no item is left, does not count.
+    """
+    last = recommender.model.readable(histories if now_B is None else until(histories, now_B)).last(EVENTS)
+    lists = recommender.recommend(last, 1, now_B)
+    found = []
+    for place in ((lists.rows[:, 0] != PADDING) & ~lists.popular).nonzero().flatten().tolist():
+        read = gather(last.values, last.times, *last.offsets[place : place + 2, None])
+        now = None if now_B is None else int(now_B[place])
+        found.append(_measure(recommender, read, int(lists.rows[place, 0]), now, generator).figures)
+    means: dict[str, float | int | None] = {}
+    for name in FIGURES:
+        known = [figure for figure in (figures[name] for figures in found) if figure is not None]
+        means[name] = round(statistics.fmean(known), 4) if known else None
+    return {**means, "histories": len(found)}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    score: float
+    shares_S: Tensor
+    drops_T: Tensor
+    weights_LHSS: Tensor
+
+    figures: dict[str, float | None]
+
+
+def _measure(recommender: Recommender, read: Batch, row: int, now: int | None, generator: torch.Generator) -> _Measured:
+    """Attention and drops of the T events of one history, which the model reads all, and their figures."""
+    events, asked = len(read.values), None if now is None else torch.tensor([now], device=read.values.device)
+    weights_LHSS = torch.cat(recommender.model.attention(read, asked, recommender.leave))
+    shares_S = weights_LHSS[:, :, -1].double().mean((0, 1))
+    shares_S = shares_S / shares_S.sum().clamp(min=1e-12)  # of the layers that the history went through
+    groups_GT = _groups(events, generator)
+    out = torch.cat([torch.zeros(1, events, dtype=torch.bool), torch.eye(events, dtype=torch.bool), groups_GT])
+    scores = recommender.score(_without(read, out.to(read.values.device)), torch.full((len(out), 1), row), now)
+    drops = scores[0].double() - scores[1:, 0].double()
+    drops_T, together_G = drops[:events], drops[events:]
+    shares_T, held_GT = shares_S[:events].cpu(), groups_GT.double()
+    pairs = [(shares_T, drops_T), (held_GT @ shares_T, together_G), (held_GT @ drops_T, together_G)]
+    figures = {name: spearman(*pair) for name, pair in zip(FIGURES, pairs, strict=True)}
+    return _Measured(float(scores[0]), shares_S, drops_T, weights_LHSS, figures)
+
+
+def _groups(events: int, generator: torch.Generator) -> Tensor:
+    """Random groups of a quarter to a half of the events, at least two; bool, shape G × T, without a line below FEWEST."""
+    if events < FEWEST:
+        return torch.zeros(0, events, dtype=torch.bool)
+    sizes_G = torch.randint(max(2, -(-events // 4)), events // 2 + 1, (GROUPS,), generator=generator)
+    return torch.rand(GROUPS, events, generator=generator).argsort(1).argsort(1) < sizes_G[:, None]
+
+
+def _without(read: Batch, out_GT: Tensor) -> Batch:
+    """One history without each of G groups of its events, the times of the others as they are."""
+    lengths_G = (~out_GT).sum(1)
+    values, times = (flat.expand(out_GT.shape)[~out_GT] for flat in (read.values, read.times))
+    return Batch(values, torch.cat([lengths_G.new_zeros(1), lengths_G.cumsum(0)]), times)
+
+
+def spearman(one: Tensor, other: Tensor) -> float | None:
+    """Rank correlation, equal values at their mean rank; None where all values of either are equal, or there are none."""
+    ranks = torch.stack([(values[:, None] > values).sum(1) - (values[:, None] < values).sum(1) for values in (one, other)])
+    ranks = ranks.double()  # twice their distance from the mean rank
+    size = ranks.square().sum(1).prod().sqrt()
+    return max(-1.0, min(1.0, float(ranks.prod(0).sum() / size))) if size > 0 else None
+
+
+def _named(recommender: Recommender, row: int | None) -> dict[str, Any]:
+    if row is None:
+        return {"item_id": None, "title": NEXT}
+    return {"item_id": recommender.catalogue.item_id(row), "title": recommender.catalogue.title(row)}
+
+
+def _ranked(words: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(words.items(), key=lambda word: -word[1]))
+
+
+def _words(recommender: Recommender, read: Batch, now: int | None, places: int) -> list[dict[str, float]] | None:
+    """How much the last state draws from each word of each event's item; None where the model reads no words."""
+    asked = None if now is None else torch.tensor([now], device=read.values.device)
+    shares_1HUL = recommender.model.attention_to_text(read, asked)
     if shares_1HUL is None:
         return None
     encoder, texts = ContentEncoder.load(recommender.path / ENCODER), recommender.catalogue.described.texts
-    rows = recommender.model.readable(batch).values.tolist()
-    rows += [PADDING] * (events - len(rows))
+    rows = read.values.tolist()
+    rows += [PADDING] * (places - len(rows))
     words: list[dict[str, float]] = [{} for _ in rows]
     shares_UL = shares_1HUL[0].mean(0)
     for place in range(max(0, len(rows) - len(shares_UL)), len(rows)):
@@ -80,22 +251,66 @@ def _words(recommender: Recommender, batch: Batch, asked: Tensor | None, events:
     return words
 
 
-def draw(found: Attention, path: Path) -> None:
-    """Write a PNG: one square a layer, the looking event down, the looked-at event across, mean over heads."""
+def _own_words(recommender: Recommender, read: Batch, row: int, now: int | None) -> dict[str, float] | None:
+    """How much the item's score drops without each word of its text; None where item vectors hold no text."""
+    if not recommender.model.settings.described:
+        return None
+    encoder, line = ContentEncoder.load(recommender.path / ENCODER), row - FIRST_ITEM
+    described = recommender.catalogue.described
+    less = dict(islice(without_words(described.texts[line]).items(), WORDS))
+    texts = [described.texts[line], *less.values()]
+    told = Described(texts, [described.categories[line]] * len(texts), [described.numbers[line]] * len(texts))
+    vectors_NE = recommender.model.described_as(row, encoder.encode(told))
+    scores_N = recommender.score(read, torch.full((1, len(texts)), row), now, vectors_NE[None])[0].double()
+    return dict(zip(less, (scores_N[0] - scores_N[1:]).tolist(), strict=True))
+
+
+def draw(found: Explanation, path: Path) -> None:
+    """Write a PNG: an event a line, with its attention and its drop as bars, then one panel a layer, the mean over heads: what
+    the event down looked at, across.
+    """
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    layers = found.weights_LHTT.mean(1).numpy()
-    names = [title if len(title) <= 28 else f"{title[:27]}…" for title in found.titles]
-    side = max(3.0, 0.28 * len(names))
-    figure = Figure(figsize=(side * len(layers) + 3.5, side + 2), layout="constrained")
-    axes = figure.subplots(1, len(layers), squeeze=False, sharey=True)[0]
-    for layer, (axis, weights_TT) in enumerate(zip(axes, layers, strict=True), 1):
-        image = axis.imshow(weights_TT, cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(f"layer {layer}")
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.7)
+    events, many = found.events[-DRAWN:], len(found.events) > 30
+    size, layers_LSS = len(events), found.weights_LHSS.mean(1)[:, -DRAWN:, -DRAWN:].numpy()
+    names = [f"{_cut(event['title'], 34)}  {event['event']}" for event in events]
+    line = 0.19 if many else 0.3
+    wide = min(5.5, max(1.8, line * size))
+    figure = Figure(figsize=(6.6 + (wide + 0.4) * len(layers_LSS), max(1.4, line * size) + 1.7), layout="constrained")
+    panels = figure.subplots(
+        1, 2 + len(layers_LSS), sharey=True, squeeze=False, width_ratios=[2, 2, *[wide] * len(layers_LSS)]
+    )[0]
+    drops = [0.0 if event["drop"] is None else event["drop"] for event in events]
+    bars = {"attention": [event["attention"] for event in events], "drop of the score": drops}
+    for panel, (title, widths), colour in zip(panels[:2], bars.items(), ("#4c78a8", "#e4572e"), strict=True):
+        panel.barh(range(size), widths, height=0.72, color=["#9aa5b1" if width < 0 else colour for width in widths])
+        panel.axvline(0, color="0.3", linewidth=0.8)
+        panel.set_title(title, fontsize=10)
+        panel.grid(axis="x", color="0.9")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="both", length=0, labelsize=7)
+        panel.locator_params(axis="x", nbins=4)
+        panel.margins(x=0.02)
+    panels[0].set_yticks(range(size), names, fontsize=6.5 if many else 8.5, parse_math=False)
+    panels[0].set_ylim(size - 0.5, -0.5)
+    shade = PowerNorm(0.5, 0, 1)  # else the few large weights are all that is seen
+    step = max(1, size // 10)
+    for number, (panel, weights_SS) in enumerate(zip(panels[2:], layers_LSS, strict=True), 1):
+        image = panel.imshow(weights_SS, cmap="Blues", norm=shade, aspect="auto", interpolation="nearest")
+        panel.set_title(f"layer {number}" + ("" if weights_SS.any() else ", not gone through"), fontsize=10)
+        panel.set_xticks(range(0, size, step), [event["event"] for event in events[::step]], fontsize=7)
+        panel.tick_params(axis="y", length=0)
+    bar = figure.colorbar(image, ax=list(panels[2:]), label="attention weight", pad=0.02, aspect=5 * figure.get_figheight())
+    bar.ax.tick_params(labelsize=7)
+    figure.supxlabel(found.verdict.partition(";")[0], fontsize=8)
+    figure.suptitle(f"{_cut(found.item['title'], 80)}: score {found.item['score']:.4g}", fontsize=11, parse_math=False)
     try:
         figure.savefig(path, dpi=110, format="png")
     except OSError as error:
         raise RequestError(f"{path}: cannot be written ({error.strerror}); give another place for the picture") from None
+
+
+def _cut(title: str, length: int) -> str:
+    return title if len(title) <= length else f"{title[: length - 1]}…"

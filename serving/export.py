@@ -1,4 +1,4 @@
-"""Make a bundle of a run: its model, the item vectors, the index, and what the index costs and finds."""
+"""Make a bundle of a run: its model, item vectors and index, what the index costs and finds, and how true explanations are."""
 
 from __future__ import annotations
 
@@ -16,29 +16,43 @@ from torch import Tensor
 
 from features.dataset import Dataset
 from recsys import __version__
-from recsys.batch import gather
+from recsys.batch import Batch, gather
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish
 from recsys.content import CONTENT, ENCODER
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
+from recsys.ranker import COMPANIONS, RANKER
+from serving.calibration import MOST, Calibration
 from serving.catalogue import ITEMS
 from serving.engine import VECTORS, DepthSettings, Recommender
+from serving.explain import faithfulness
 from serving.index import INDEX, Index, IndexSettings, Scan
+from serving.ranking import ServingSettings
 
 QUERIES = 512
 """Queries by which the index is measured."""
 NOISY = "items with noise"
+HISTORIES = 128
+"""Histories by which explanations are measured: 5 s of one core on ml-1m."""
+COPIED = (CONTENT, ENCODER, RANKER, COMPANIONS)
+"""Files of a run that its bundle has too, where the run has them."""
 DEPTH = 100
 """Candidates of a query that are compared with exact search."""
 
 
 def export(
-    run: Path, out: Path, settings: IndexSettings, dataset: Dataset | None = None, depth: DepthSettings | None = None
+    run: Path,
+    out: Path,
+    settings: IndexSettings,
+    dataset: Dataset | None = None,
+    depth: DepthSettings | None = None,
+    serving: ServingSettings | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out`, whole or not at all, and return its manifest.
 
-    The index is measured by histories of the data set, or without one by item vectors with noise. The same run and settings
-    give the same bytes but for the manifest's `clock`. Raises BundleError: no finished run, or one that was altered.
+    The index is measured by histories of the data set, or without one by item vectors with noise; how true explanations are,
+    by histories alone. The same run and settings give the same bytes but for the manifest's `clock`.
+    Raises BundleError: no finished run, or one that was altered.
     """
     source = run / "model" if (run / "model" / MANIFEST).is_file() else run
     model = open_directory(source).manifest
@@ -48,21 +62,21 @@ def export(
         **model["recipe"],
         IndexSettings.section: settings.as_dict(),
         DepthSettings.section: (depth or DepthSettings()).as_dict(),
+        ServingSettings.section: (serving or ServingSettings()).as_dict(),
     }
     recommender = Recommender(Directory(source, {**model, "recipe": recipe}))
     vectors_VE = recommender.scan.vectors_VE.detach().contiguous()
     started = time.perf_counter()
     index = Index.build(vectors_VE, settings)
     seconds = time.perf_counter() - started
-    queries_BE, queries = _queries(recommender, dataset)
-    measured, query_ms = measure_index(index, vectors_VE, queries_BE)
+    measured, query_ms = measure_bundle(recommender, index, dataset)
     manifest = {
         **{key: value for key, value in model.items() if key not in ("format", "files", "hash", "id")},
         "kind": "bundle",
         "version": __version__,
         "run": model["id"],
         "recipe": recipe,
-        "index": {"kind": index.kind, **measured, "queries": queries},
+        **measured,
         "clock": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "index_seconds": round(seconds, 2),
@@ -76,8 +90,20 @@ def export(
         VECTORS: lambda path: save_file({"vectors": vectors_VE}, path),
         INDEX: index.write,
     }
-    writers |= {file: partial(shutil.copyfile, source / file) for file in (CONTENT, ENCODER) if file in model["files"]}
+    writers |= {file: partial(shutil.copyfile, source / file) for file in COPIED if file in model["files"]}
     return publish(out, writers, manifest).manifest
+
+
+def measure_bundle(recommender: Recommender, index: Index, dataset: Dataset | None) -> tuple[dict[str, Any], float]:
+    """What a manifest says of how lists are made: `index`, `faithfulness` and `calibration`, and the milliseconds of a query.
+
+    Without a data set the last two are missing; without a validation split the last is.
+    """
+    queries_BE, queries = _queries(recommender, dataset)
+    found, query_ms = measure_index(index, recommender.scan.vectors_VE, queries_BE)
+    explained = _explained(recommender, dataset)
+    said = {"index": {"kind": index.kind, **found, "queries": queries}, **calibrated(recommender, dataset)}
+    return said if explained is None else said | {"faithfulness": explained}, query_ms
 
 
 def measure_index(index: Index, vectors_VE: Tensor, queries_BE: Tensor) -> tuple[dict[str, float], float]:
@@ -98,26 +124,52 @@ def measure_index(index: Index, vectors_VE: Tensor, queries_BE: Tensor) -> tuple
 def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor, str]:
     """What measures the index, and its name: states of evenly chosen users, or item vectors with noise as long as they."""
     if dataset is not None:
-        sequences = recommender.catalogue.align(dataset)
-        begins_U, ends_U, targets_U = sequences.windows("test")
-        users_U = (ends_U > begins_U).nonzero().flatten()
-        users_B = users_U[_spread(len(users_U))]
-        if len(users_B):
-            history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
-            next_B = torch.where(targets_U > ends_U, ends_U, ends_U - 1)[users_B]  # asked for at the next event, or the last
-            return recommender.encode(history, sequences.times[next_B]), "histories"
+        histories, now_B = _histories(recommender, dataset, QUERIES)
+        if len(histories):
+            return recommender.encode(histories, now_B), "histories"
     return noisy(recommender.scan.vectors_VE), NOISY
+
+
+def _explained(recommender: Recommender, dataset: Dataset | None) -> dict[str, float | int | None] | None:
+    """How true explanations are of histories of the data set; None without one."""
+    if dataset is None:
+        return None
+    return faithfulness(recommender, *_histories(recommender, dataset, HISTORIES), torch.Generator().manual_seed(0))
+
+
+def calibrated(recommender: Recommender, dataset: Dataset | None) -> dict[str, Any]:
+    """`calibration` for a manifest, fitted on the validation split; nothing without one."""
+    if dataset is None:
+        return {}
+    sequences = recommender.catalogue.align(dataset)
+    begins_U, ends_U, targets_U = sequences.windows("validation")
+    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    users_B = users_U[spread(len(users_U), MOST)]
+    histories = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
+    rows_BN, scores_BN = recommender.candidates(histories, sequences.times[ends_U[users_B]] if len(users_B) else None)
+    fitted = Calibration.fit(rows_BN, scores_BN, sequences.items[ends_U[users_B]].long())
+    return {} if fitted is None else {"calibration": fitted.as_dict()}
+
+
+def _histories(recommender: Recommender, dataset: Dataset, count: int) -> tuple[Batch, Tensor]:
+    """Of at most `count` evenly chosen users before the test, and when each is asked for: at the next event, or the last."""
+    sequences = recommender.catalogue.align(dataset)
+    begins_U, ends_U, targets_U = sequences.windows("test")
+    users_U = (ends_U > begins_U).nonzero().flatten()
+    users_B = users_U[spread(len(users_U), count)]
+    next_B = torch.where(targets_U > ends_U, ends_U, ends_U - 1)[users_B]
+    return gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B]), sequences.times[next_B]
 
 
 def noisy(vectors_VE: Tensor) -> Tensor:
     """Evenly chosen item vectors with noise as long as they."""
-    chosen_BE = vectors_VE[_spread(len(vectors_VE))]
+    chosen_BE = vectors_VE[spread(len(vectors_VE), QUERIES)]
     noise_BE = torch.randn(chosen_BE.shape, generator=torch.Generator().manual_seed(0))
     out: Tensor = chosen_BE + noise_BE * (chosen_BE.norm(dim=1, keepdim=True) / chosen_BE.shape[1] ** 0.5)
     return out
 
 
-def _spread(count: int) -> Tensor:
-    """At most QUERIES numbers below `count`, evenly."""
-    chosen = min(QUERIES, count)
+def spread(count: int, most: int) -> Tensor:
+    """At most so many numbers below `count`, evenly."""
+    chosen = min(most, count)
     return torch.arange(chosen) * count // max(chosen, 1)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from features.dataset import LISTED, described, write_parquet
+from features.dataset import described, write_parquet
 from features.download import cache_folder
-from features.items import describe, read_table
+from features.items import describe, read_attributes, read_table
 from features.schema import POLICIES, DataSettings, Tally
-from recsys import __version__
 from recsys.batch import FIRST_ITEM
-from recsys.bundle import Directory, Writer, locked, open_directory, publish
+from recsys.bundle import Directory, Writer, locked, open_directory, renew
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import BundleError, DataError, RequestError
 from recsys.model import ModelSettings, model_from
@@ -45,7 +41,10 @@ def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Pr
 
 
 def update(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Describe items anew. As `add`, but that an item which is not there is the error."""
+    """Describe items anew. As `add`, but that an item which is not there is the error.
+
+    A table that holds attributes alone gives items these, whatever the model reads, and changes nothing else.
+    """
     return _change(bundle, out, items, _placed_among, "updated", progress)
 
 
@@ -56,7 +55,7 @@ def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None)
     """
     import polars as pl
 
-    with _opened(bundle) as directory:
+    with opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
         rows = catalogue.rows(item_ids, catalogue.by_id)
         gone = pl.int_range(pl.len()).is_in([row - FIRST_ITEM for row in rows if row is not None])
@@ -75,11 +74,16 @@ def _change(
     verb: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    with _opened(bundle) as directory:
+    with opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
+        settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
+        if verb == "updated" and settings.only_attributes(raw.collect_schema()):
+            items = _read(raw, catalogue, settings, attributes=True)
+            table = _joined(catalogue.table, items, place(catalogue, items), revived=False)
+            return _publish(directory, out or bundle, table, {}, {verb: len(items)})
         if not ModelSettings(**directory.manifest["recipe"][ModelSettings.section]).described:
             raise BundleError(f"{bundle}: its model reads no descriptions of items; train it with model.text=pooled or both")
-        items = _read(raw, catalogue, directory)
+        items = _read(raw, catalogue, settings)
         lines = place(catalogue, items)
         encoder = ContentEncoder.load(directory.path / ENCODER)
         new = encoder.encode(described(items), cache_folder() / "text.sqlite", progress)
@@ -93,9 +97,9 @@ def _change(
             changed_NE = model.item_vectors(places)
         vectors_VE = torch.cat([before_VE, before_VE.new_zeros(len(content) - len(before_VE), before_VE.shape[1])])
         vectors_VE[places] = changed_NE
-        settings = IndexSettings(**directory.manifest["recipe"][IndexSettings.section])
+        searched = IndexSettings(**directory.manifest["recipe"][IndexSettings.section])
         shape = (len(before_VE), before_VE.shape[1])
-        index = Index.load(directory.path / INDEX, directory.manifest["index"]["kind"], settings, shape)
+        index = Index.load(directory.path / INDEX, directory.manifest["index"]["kind"], searched, shape)
         if len(places) and bool((places < len(before_VE)).any()):
             index.refill(vectors_VE)
         else:
@@ -112,7 +116,7 @@ def _change(
 
 
 @contextmanager
-def _opened(bundle: Path) -> Iterator[Directory]:
+def opened(bundle: Path) -> Iterator[Directory]:
     """The bundle, which no other change touches meanwhile."""
     open_directory(bundle, verify=False)  # before anything is written beside it
     with locked(bundle):
@@ -122,17 +126,18 @@ def _opened(bundle: Path) -> Iterator[Directory]:
         yield directory
 
 
-def _read(raw: pl.LazyFrame, catalogue: Catalogue, directory: Directory) -> pl.DataFrame:
-    """The items' ids and descriptions; every bad or repeated row is an error."""
-
-    where, dtype, tally = "items", catalogue.table["item_id"].dtype, Tally("items")
-    settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
-    rows, _ = read_table(raw, "item_id", dtype, tally, where)
+def _read(raw: pl.LazyFrame, catalogue: Catalogue, settings: DataSettings, attributes: bool = False) -> pl.DataFrame:
+    """The items' ids and descriptions, or with `attributes` these alone; every bad or repeated row is an error."""
+    where, known, tally = "items", catalogue.table.schema, Tally("items")
+    rows, _ = read_table(raw, "item_id", known["item_id"], tally, where)
     for reason, count in tally.counts.items():
         raise DataError(f"{where}: {count} rows are bad, {reason}: {POLICIES[reason].meaning}; mend them")
     if not len(rows):
         raise DataError(f"{where}: the table has no rows; give at least one item")
-    return describe(rows, settings, where)
+    if attributes:
+        names = [name for name in settings.attribute_columns if name in rows.columns]
+        return rows.select("item_id", *read_attributes(rows, names, where, known))
+    return describe(rows, settings, where, known)
 
 
 def _placed_behind(catalogue: Catalogue, items: pl.DataFrame) -> list[int]:
@@ -162,15 +167,16 @@ def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int], revived:
     rows = items.with_columns(
         pl.Series("row", lines, pl.Int32) + FIRST_ITEM, pl.lit(0, pl.Int64).alias("events"), pl.lit(False).alias(REMOVED)
     )
+    table = table.cast({name: rows.schema[name] for name in items.columns if table.schema[name] == pl.Null})  # none had a value
     new, again = (
         rows.filter(part) for part in (pl.col("row") >= len(table) + FIRST_ITEM, pl.col("row") < len(table) + FIRST_ITEM)
     )
-    kept = (
-        table.update(again.select("row", *LISTED[1:], *([REMOVED] if revived else [])), on="row", how="left")
-        if len(again)
-        else table
-    )
-    return pl.concat([kept, new.select(table.columns).cast(table.schema)]).sort("row")
+    if len(again):
+        told = again.select("row", *items.columns[1:], *([REMOVED] if revived else []))
+        table = table.update(told, on="row", how="left", include_nulls=True)
+    if len(new):
+        table = pl.concat([table, new.select(table.columns).cast(table.schema)])
+    return table.sort("row")
 
 
 def _measured(index: Index, vectors_VE: torch.Tensor, directory: Directory) -> dict[str, Any]:
@@ -190,15 +196,6 @@ def _publish(
     counts: dict[str, int],
     index: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    old = directory.manifest
-    kept = {file: partial(shutil.copyfile, directory.path / file) for file in old["files"]}
     items: dict[str, Writer] = {ITEMS: lambda path: write_parquet([table], table.schema, path)}
-    manifest = {
-        **{key: value for key, value in old.items() if key not in ("format", "files", "hash", "id")},
-        "version": __version__,
-        "index": index or old["index"],
-        "before": old["id"],
-        "changes": counts,
-        "clock": {**old["clock"], "created": datetime.now(UTC).isoformat(timespec="seconds")},
-    }
-    return publish(out, {**kept, **items, **writers}, manifest).manifest
+    changes = {"index": index or directory.manifest["index"], "changes": counts}
+    return renew(directory, out, {**items, **writers}, changes).manifest

@@ -26,6 +26,8 @@ class Lists:
     """Float32, shape B × k; -inf where there is no item."""
     popular: Tensor
     """True where the history held nothing that the model knows, so that the list is the most popular items; bool, shape B."""
+    probabilities: Tensor | None = None
+    """That an item is the user's next one, where they were asked for: float32, shape B × k; 0 for popular lists."""
 
     @property
     def sources(self) -> list[str]:

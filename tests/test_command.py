@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from recsys import __main__ as command
+from recsys.terminal import records_table
 
 
 def raw(world: Path, folder: Path, **columns: pl.Expr) -> Path:
@@ -94,6 +95,14 @@ def unwritable_picture(world, tmp):
     return ["explain", world / "bundle", "--history", "1", "--picture", tmp / "no" / "such.png"]
 
 
+def unknown_item_to_explain(world, tmp):
+    return ["explain", world / "bundle", "--history", "1", "--item", "Nothing of the Kind"]
+
+
+def two_items_to_explain(world, tmp):
+    return ["explain", world / "bundle", "--history", "1", "--item", "2", "3"]
+
+
 def unknown_to_the_search(world, tmp):
     search = "tune.search={model={dropot=[0.1, 0.2]}}"
     return ["tune", world / "small.toml", "--dataset", world / "dataset", "--out", tmp / "out", "--set", search]
@@ -123,6 +132,8 @@ def no_such_split(world, tmp):
         (no_such_split, "future"),
         (another_verbs_section, "[index] and [depth] alone"),
         (unwritable_picture, "such.png"),
+        (unknown_item_to_explain, "no item 'Nothing of the Kind'"),
+        (two_items_to_explain, "one at a time"),
         (unknown_to_the_search, "did you mean dropout"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -236,6 +247,87 @@ def test_items_of_which_nothing_is_known_are_told(described, run, tmp_path, caps
     assert capsys.readouterr().out.strip().endswith("2 items added, 2 of them not recommended: nothing is known of them")
 
 
+@pytest.fixture(scope="module")
+def stocked(world, run, tmp_path_factory):
+    """A bundle whose items have attributes, from a file without types: the odd ones are in stock, the price is half the id."""
+    folder = tmp_path_factory.mktemp("stocked")
+    raw(world, folder / "raw")
+    items, number = pl.read_parquet(world / "raw" / "items.parquet"), pl.col("item_id")
+    items = items.with_columns(in_stock=number % 2 == 1, price=number / 2, brand=pl.format("brand {}", number % 3))
+    items.write_csv(folder / "raw" / "items.csv")
+    changes = (
+        'data.attribute_columns=["in_stock", "price", "brand"]',
+        'data.category_columns=["categories"]',
+        "train.epochs=1",
+    )
+    changes = [word for change in changes for word in ("--set", change)]
+    assert run("features", world / "small.toml", "--data", folder / "raw", "--out", folder / "data", *changes) == 0
+    assert run("train", world / "small.toml", "--dataset", folder / "data", "--out", folder / "run", *changes) == 0
+    assert run("export", folder / "run", "--out", folder / "bundle") == 0
+    return folder
+
+
+def recommended(run, capsys, bundle, *words):
+    capsys.readouterr()
+    assert run("recommend", bundle, "--history", "1", "2", "-k", "101", "--json", *words) == 0
+    return {item["item_id"] for item in json.loads(capsys.readouterr().out)["items"]}
+
+
+def test_recommended_items_meet_what_the_command_asks_for(stocked, run, capsys):
+    items = pl.read_csv(stocked / "raw" / "items.csv")
+    everything = recommended(run, capsys, stocked / "bundle")
+    genre = items["categories"][0]
+    for words, meets in (
+        (["in_stock=true"], pl.col("item_id") % 2 == 1),
+        (["in_stock=false", "price=5..20.5"], (pl.col("item_id") % 2 == 0) & pl.col("item_id").is_between(10, 41)),
+        (["price=..3", "brand=brand 1", "brand=brand 2"], (pl.col("item_id") <= 6) & (pl.col("item_id") % 3 != 0)),
+        ([f"categories={genre}", "price=0.."], pl.col("categories") == genre),
+    ):
+        wanted = set(items.filter(meets)["item_id"]) & everything
+        assert 0 < len(wanted) < len(everything)
+        assert recommended(run, capsys, stocked / "bundle", "--where", *words) == wanted
+        one_by_one = [word for condition in words for word in ("--where", condition)]
+        assert recommended(run, capsys, stocked / "bundle", *one_by_one) == wanted
+    some = sorted(everything)[:7]
+    assert recommended(run, capsys, stocked / "bundle", "--deny", *some[:3]) == everything - set(some[:3])
+    assert recommended(run, capsys, stocked / "bundle", "--allow", *some, "--deny", some[2]) == set(some) - {some[2]}
+    assert recommended(run, capsys, stocked / "bundle", "--allow", *some, "--where", "in_stock=true") == {
+        item for item in some if item % 2
+    }
+
+
+def test_what_is_in_stock_is_updated_by_the_command_alone(stocked, run, tmp_path, capsys):
+    (tmp_path / "stock.csv").write_text("item_id,in_stock\n3,false\n4,true\n")
+    before = recommended(run, capsys, stocked / "bundle", "--where", "in_stock=true")
+    words = ("items", "update", stocked / "bundle", "--items", tmp_path / "stock.csv", "--out", tmp_path / "new")
+    assert run(*words) == 0
+    assert "2 items updated" in capsys.readouterr().out
+    assert recommended(run, capsys, tmp_path / "new", "--where", "in_stock=true") == before - {3} | {4}
+    assert run("items", "add", stocked / "bundle", "--items", tmp_path / "stock.csv", "--out", tmp_path / "new") == 2
+    assert "no column 'title'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--where", "stock=true"], "items have no 'stock'; did you mean in_stock?"),
+        (["--where", "in_stock=perhaps"], "'in_stock' holds true or false, found 'perhaps'"),
+        (["--where", "price=cheap"], "'price' holds numbers, found 'cheap'"),
+        (["--where", "price"], "write NAME=VALUE"),
+        (["--where", "categories=none"], "no item has category 'none'"),
+        (["--deny", "1009"], "no item '1009'"),
+        (["--allow", "3", "nothing"], "no item 'nothing'"),
+    ],
+    ids=str,
+)
+def test_a_filter_that_cannot_be_is_one_clear_line_and_exit_code_2(words, says, stocked, run, capsys):
+    capsys.readouterr()
+    assert run("recommend", stocked / "bundle", "--history", "1", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("recsys: ")
+    assert says in line
+
+
 def no_items_file(world, folder, tmp):
     return ["add", folder / "bundle", "--items", tmp / "nowhere.csv"]
 
@@ -303,17 +395,41 @@ def test_a_mistake_about_items_is_one_clear_line_and_changes_nothing(mistake, sa
 def test_the_shares_of_words_are_together_1_where_the_model_reads_words(world, described, run, capsys):
     history = ("--history", "1", "2", "3", "5", "7", "11")
     assert run("explain", described / "bundle", *history, "--json") == 0
-    events = json.loads(capsys.readouterr().out)
-    assert sum(event["share"] for event in events) == pytest.approx(1)
+    told = json.loads(capsys.readouterr().out)
+    events = told["events"]
+    assert sum(event["attention"] for event in events) == pytest.approx(1)
     assert sum(share for event in events for share in event["words"].values()) == pytest.approx(1)
     assert [bool(event["words"]) for event in events] == [False, False, True, True, True, True]  # model.text_span is 4
     for event in events[2:]:
         assert set(event["words"]) <= {word.strip(",.:;()").casefold() for word in event["title"].split()}
         assert list(event["words"].values()) == sorted(event["words"].values(), reverse=True)
+    assert set(told["item"]["words"]) <= {word.strip(",.:;()").casefold() for word in told["item"]["title"].split()}
     assert run("explain", described / "bundle", *history) == 0
     assert " · " in capsys.readouterr().out
     assert run("explain", world / "bundle", *history, "--json") == 0
-    assert all("words" not in event for event in json.loads(capsys.readouterr().out))
+    told = json.loads(capsys.readouterr().out)
+    assert all("words" not in record for record in (told["item"], *told["events"]))
+
+
+def test_an_item_is_explained_by_its_title_on_the_terminal(world, run, capsys):
+    words = ("explain", world / "bundle", "--history", "1", "2", "3")
+    assert run(*words, "--item", "7", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["item"]["item_id"] == 7
+    assert run(*words, "--item", told["item"]["title"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"{told['item']['title']} (id 7): score {told['item']['score']:.4f}"
+    assert lines[-1] == told["verdict"]
+    for event, line in zip(told["events"], lines[-6:-3], strict=True):
+        figures = [f"{event[name]:.4f}" for name in ("attention", "drop")]
+        assert [cell.strip() for cell in line.strip("│").split("│")] == [str(event["event"]), event["title"], *figures]
+
+
+def test_a_title_with_brackets_is_shown_as_it_is(capsys):
+    records_table([{"title": "[rec] (2007)", "score": 0.5}, {"title": "[/b]", "score": 0.25}])
+    shown = capsys.readouterr().out
+    assert "[rec] (2007)" in shown
+    assert "[/b]" in shown
 
 
 @pytest.mark.parametrize("verb", ["add", "update", "remove"])

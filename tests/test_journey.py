@@ -66,9 +66,13 @@ def test_nightly_and_the_command_name_the_same_items_in_the_same_order(world, ru
         assert not set(night[user]) & {int(item) for item in whole}
 
 
-def test_explain_gives_each_event_its_share(world, run, tmp_path, capsys):
-    words = ("explain", world / "bundle", "--history", "1", "--history", "2", "--picture", tmp_path / "a.png", "--json")
+def test_explain_tells_what_carried_the_first_item_that_is_recommended(world, run, tmp_path, capsys):
+    words = ("explain", world / "bundle", "--history", "1", "2", "3", "5", "--picture", tmp_path / "a.png", "--json")
     assert run(*words) == 0
-    shares = json.loads(capsys.readouterr().out)
-    assert sum(share["share"] for share in shares) == pytest.approx(1)
+    told = json.loads(capsys.readouterr().out)
+    assert sum(event["attention"] for event in told["events"]) == pytest.approx(1)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert run("recommend", world / "bundle", "--history", "1", "2", "3", "5", "-k", "1", "--json") == 0
+    first = json.loads(capsys.readouterr().out)["items"][0]
+    assert told["item"] == {name: first[name] for name in ("item_id", "title", "score")}
+    assert told["faithfulness"]["bundle"] == json.loads((world / "bundle" / "manifest.json").read_text())["faithfulness"]

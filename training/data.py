@@ -25,10 +25,13 @@ class TrainingBatch:
     """Events of `history` whose state is judged, int64, shape P."""
     targets: Tensor
     """Item rows, int64, shape P."""
+    users: Tensor
+    """Whose histories they are, int64."""
 
     def to(self, device: torch.device) -> TrainingBatch:
         asked = None if self.asked is None else self.asked.to(device)
-        return TrainingBatch(self.history.to(device), asked, self.places.to(device), self.targets.to(device))
+        tensors = (self.places, self.targets, self.users)
+        return TrainingBatch(self.history.to(device), asked, *(tensor.to(device) for tensor in tensors))
 
 
 WINDOWS = ("last", "all", "prefixes")
@@ -83,12 +86,13 @@ class EpochBatches:
             users = self.batches[group]
             begins, ends = self.begins[users], self.ends[users]
             history = gather(items, times, begins, ends - self.shift)
+            owners = torch.searchsorted(self.sequences.offsets, begins, right=True) - 1
             places = history.offsets[1:] - 1 if self.prefixes else torch.arange(len(history.values))
             if not self.shift:
-                yield TrainingBatch(history, None, places, history.values)
+                yield TrainingBatch(history, None, places, history.values, owners)
                 continue
             future = gather(items, times, begins + 1, ends)
-            yield TrainingBatch(history, future.times, places, future.values[places])
+            yield TrainingBatch(history, future.times, places, future.values[places], owners)
 
 
 def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> TrainingBatch:
@@ -102,4 +106,4 @@ def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> Trai
     hidden_N[history.offsets[1:][hidden_B == 0] - 1] = True
     values = history.values.masked_fill(hidden_N, UNKNOWN)
     places = hidden_N.nonzero().flatten()
-    return TrainingBatch(replace(history, values=values), None, places, history.values[places])
+    return TrainingBatch(replace(history, values=values), None, places, history.values[places], batch.users)

@@ -6,13 +6,14 @@ import ctypes
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from recsys.batch import Sequences
 from recsys.bundle import write_file
@@ -86,13 +87,29 @@ class Observation:
     validation: dict[str, float] | None = None
     """None after a step; empty where no user can be judged."""
     best: bool = False
+    part: str = "model"
+    """What is learnt: model, or ranker."""
+
+
+M = TypeVar("M", bound=nn.Module)
+B_co = TypeVar("B_co", covariant=True)
+
+
+class Epoch(Protocol[B_co]):
+    """The batches of one pass over the data, in their order."""
+
+    def __len__(self) -> int: ...
+
+    def starting_at(self, step: int) -> Iterator[B_co]:
+        """What is left of it from `step` on."""
+        ...
 
 
 @dataclass
-class State:
+class State(Generic[M]):
     """All that decides the rest of a training; saved as a checkpoint and restored from it."""
 
-    model: SequenceModel
+    model: M
     optimizer: Optimizer
     generator: torch.Generator
     epoch: int = 0
@@ -172,7 +189,7 @@ def fit(
     key: str = "",
     checkpoint_seconds: float = 60.0,
     observe: Callable[[Observation], None] = lambda observation: None,
-) -> State:
+) -> State[SequenceModel]:
     """Train until `epochs` or until patience ends; the returned state's model holds the best validation weights.
 
     Where nobody can be judged by validation, all epochs are done and the last weights are the best.
@@ -193,6 +210,53 @@ def fit(
     state = State(model, Optimizer(model, optimizer_settings), generator)
     learnable = sequences.learnable(items)
     counts_V = learnable.training_counts(items).to(device)
+
+    def batches(epoch: int) -> EpochBatches:
+        masked = model_settings.objective == "masked"
+        shape = (model_settings.length, settings.batch_tokens)
+        return EpochBatches(learnable, *shape, settings.seed, epoch, settings.windows, masked=masked, packed=settings.packed)
+
+    run(
+        state,
+        Schedule(settings.epochs, settings.patience, settings.validate_every),
+        batches,
+        lambda batch: learn(state, batch.to(device), settings, loss_settings, counts_V),
+        lambda: validate(state.model, sequences),
+        checkpoint=checkpoint,
+        key=key,
+        checkpoint_seconds=checkpoint_seconds,
+        observe=observe,
+    )
+    return state
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long is learnt."""
+
+    epochs: int
+    patience: int
+    validate_every: int = 1
+
+
+def run(
+    state: State[M],
+    schedule: Schedule,
+    batches_of: Callable[[int], Epoch[B_co]],
+    learn: Callable[[B_co], None],
+    judge: Callable[[], dict[str, float]],
+    *,
+    checkpoint: Path | None = None,
+    key: str = "",
+    checkpoint_seconds: float = 60.0,
+    observe: Callable[[Observation], None] = lambda observation: None,
+    part: str = "model",
+) -> None:
+    """Learn epoch after epoch, from the checkpoint on where there is one; at the end the model holds its best weights.
+
+    `learn` does one step and counts it, `judge` gives the figures of validation, of which ndcg@10 decides; where it gives
+    none, the last weights are the best.
+    """
     if checkpoint is not None and checkpoint.exists():
         state.restore(checkpoint, key)
     saved_at = time.monotonic()
@@ -203,49 +267,39 @@ def fit(
             state.save(checkpoint, key)
             saved_at = time.monotonic()
 
-    while state.epoch < settings.epochs and state.since_best < settings.patience:
-        batches = EpochBatches(
-            learnable,
-            model_settings.length,
-            settings.batch_tokens,
-            settings.seed,
-            state.epoch,
-            settings.windows,
-            masked=model_settings.objective == "masked",
-            packed=settings.packed,
-        )
+    while state.epoch < schedule.epochs and state.since_best < schedule.patience:
+        batches = batches_of(state.epoch)
         if not len(batches):
             raise DataError(
                 "no user has two training events, so there is nothing to learn; give more events or another [split]"
             )
-        state.steps_planned = state.steps_planned or len(batches) * settings.epochs
+        state.steps_planned = state.steps_planned or len(batches) * schedule.epochs
         started = time.monotonic()
 
         def tell(
-            validation: dict[str, float] | None, best: bool, batches: EpochBatches = batches, started: float = started
+            validation: dict[str, float] | None, best: bool, batches: Epoch[B_co] = batches, started: float = started
         ) -> None:
-            mean, seconds = state.loss_sum / state.targets, time.monotonic() - started
+            mean, seconds = state.loss_sum / max(1, state.targets), time.monotonic() - started
             rate = state.optimizer.rate
-            observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best))
+            observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best, part))
 
         for batch in batches.starting_at(state.step):
-            learn(state, batch.to(device), settings, loss_settings, counts_V)
+            learn(batch)
             tell(None, False)
             save(due=False)
-        if (state.epoch + 1) % settings.validate_every == 0 or state.epoch + 1 == settings.epochs:
+        if (state.epoch + 1) % schedule.validate_every == 0 or state.epoch + 1 == schedule.epochs:
             with state.optimizer.averaged():
-                figures = validate(state.model, sequences)
+                figures = judge()
                 better = not figures or figures["ndcg@10"] > state.best
                 if better:
                     state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
                     state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
             state.since_best = 0 if better else state.since_best + 1
-            state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / state.targets, **figures})
+            state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / max(1, state.targets), **figures})
             tell(figures, better)
         state.epoch, state.step, state.loss_sum, state.targets = state.epoch + 1, 0, 0.0, 0
         save(due=True)
     state.model.load_state_dict(state.best_weights)
-    return state
 
 
 def _refuse(model: ModelSettings, train: TrainSettings, device: torch.device) -> None:
@@ -257,7 +311,11 @@ def _refuse(model: ModelSettings, train: TrainSettings, device: torch.device) ->
 
 
 def learn(
-    state: State, batch: TrainingBatch, settings: TrainSettings, loss_settings: LossSettings, counts_V: torch.Tensor
+    state: State[SequenceModel],
+    batch: TrainingBatch,
+    settings: TrainSettings,
+    loss_settings: LossSettings,
+    counts_V: torch.Tensor,
 ) -> None:
     """One step: a batch's loss, its gradient, and the change of the weights."""
     model, loss_of = state.model, LOSSES[loss_settings.kind]

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,16 +22,19 @@ from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, 
 from recsys.config import Settings
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import RecipeError, RecsysError
-from recsys.model import WEIGHTS, ModelSettings
+from recsys.model import WEIGHTS, ModelSettings, SequenceModel, model_from
+from recsys.ranker import COMPANIONS, RANKER, RankerSettings
 from recsys.text import Progress, TextSettings
 from recsys.tracking import Tracking
-from training.loop import Observation, State, TrainSettings, fit
+from training.loop import Observation, TrainSettings, fit
 from training.losses import LossSettings
 from training.optimizer import OptimizerSettings
+from training.ranking import RankingSettings, fit_ranker
 from training.validate import depth_curve
 
 MODEL = "model"
 CHECKPOINT = "checkpoint.pt"
+RANKER_CHECKPOINT = "ranker.pt"
 CURVE = "curve.jsonl"
 RUN = "run.json"
 ITEMS = "items.parquet"
@@ -46,13 +50,15 @@ def train(
     name: str,
     device: torch.device,
     tracking: Tracking,
+    base: Path | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
     progress: Progress | None = None,
 ) -> Directory:
     """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
 
-    A finished run is opened, not trained again. `progress` hears of texts that are encoded. Raises RecsysError: `out` holds a
-    run of another recipe or data set.
+    A finished run is opened, not trained again. With `base`, a finished run, its sequence model is taken and the ranker alone
+    is learnt. `progress` hears of texts that are encoded. Raises RecsysError: `out` holds a run of another recipe or data
+    set, or `base` is of another one.
     """
     digest = dataset.manifest["hash"]
     key = run_key(recipe, digest)
@@ -65,9 +71,6 @@ def train(
         tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
         write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "tracking": tracking.address}, indent=1).encode())
         started = time.monotonic()
-        encoder, content = None, None
-        if recipe[ModelSettings.section]["text"] != "none":
-            encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress)
 
         def watch(observation: Observation) -> None:
             if observation.validation is not None:
@@ -77,29 +80,140 @@ def train(
                     "learning_rate": observation.learning_rate,
                     "epoch_seconds": observation.seconds,
                 }
-                tracking.metrics({**curve, **figures}, observation.epoch)
+                prefix = "" if observation.part == "model" else f"{observation.part}_"
+                tracking.metrics({prefix + name: value for name, value in {**curve, **figures}.items()}, observation.epoch)
             observe(observation)
 
-        state = fit(
-            dataset.sequences,
-            dataset.manifest["warm_items"],
-            ModelSettings(**recipe[ModelSettings.section]),
-            TrainSettings(**recipe[TrainSettings.section]),
-            LossSettings(**recipe[LossSettings.section]),
-            OptimizerSettings(**recipe[OptimizerSettings.section]),
-            TextSettings(**recipe[TextSettings.section]),
-            content=content,
-            device=device,
-            checkpoint=out / CHECKPOINT,
-            key=f"{key} on {device.type}",
-            observe=watch,
-        )
-        write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in state.curve).encode())
-        model = _publish(out, state, dataset, recipe, name, tracking, time.monotonic() - started, encoder, content)
-        for file in (out / CURVE, out / MODEL / MANIFEST):
-            tracking.file(file)
-    (out / CHECKPOINT).unlink()
+        on = f"{key} on {device.type}"
+        if base is None:
+            learnt = _learn(dataset, recipe, device, out / CHECKPOINT, on, watch, progress)
+        else:
+            learnt = _taken(base, dataset, recipe, device)
+        if recipe.get(RankerSettings.section, {}).get("blocks"):
+            _rank(learnt, dataset, recipe, out / RANKER_CHECKPOINT, on, watch)
+        write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in learnt.curve).encode())
+        clock = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 1),
+            "tracking": tracking.address,
+        }
+        told = {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")}
+        manifest = {"kind": "model", "name": name, "recipe": recipe, "dataset": told, **learnt.about, "clock": clock}
+        writers: dict[str, Writer] = {ITEMS: partial(shutil.copyfile, dataset.path / ITEMS), **learnt.writers}
+        model = publish(out / MODEL, writers, manifest)
+        for path in (out / CURVE, out / MODEL / MANIFEST):
+            tracking.file(path)
+    for file in (CHECKPOINT, RANKER_CHECKPOINT):
+        (out / file).unlink(missing_ok=True)
     return model
+
+
+@dataclass
+class _Learnt:
+    """What training has made so far."""
+
+    model: SequenceModel
+    about: dict[str, Any]
+    """For the manifest."""
+    writers: dict[str, Writer]
+    curve: list[dict[str, Any]]
+    """One entry a validation."""
+
+
+def _learn(
+    dataset: Dataset,
+    recipe: Recipe,
+    device: torch.device,
+    checkpoint: Path,
+    key: str,
+    observe: Callable[[Observation], None],
+    progress: Progress | None,
+) -> _Learnt:
+    """Train the sequence model."""
+    encoder, content = None, None
+    if recipe[ModelSettings.section]["text"] != "none":
+        encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress)
+    state = fit(
+        dataset.sequences,
+        dataset.manifest["warm_items"],
+        ModelSettings(**recipe[ModelSettings.section]),
+        TrainSettings(**recipe[TrainSettings.section]),
+        LossSettings(**recipe[LossSettings.section]),
+        OptimizerSettings(**recipe[OptimizerSettings.section]),
+        TextSettings(**recipe[TextSettings.section]),
+        content=content,
+        device=device,
+        checkpoint=checkpoint,
+        key=key,
+        observe=observe,
+    )
+    best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
+    about = {
+        "items": state.model.items,
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "best_epoch": state.best_epoch,
+        "quality": {"validation": {key: best[key] for key in best if "@" in key}},
+    }
+    if state.model.settings.early_exit:
+        about["depth_curve"] = depth_curve(state.model, dataset.sequences)
+    writers: dict[str, Writer] = {WEIGHTS: lambda path: save_file(state.model.weights(), path)}
+    if encoder is not None and content is not None:
+        about["items_without_text"] = int((content.tokens_VL == 0).all(1).sum())
+        writers |= {CONTENT: content.save, ENCODER: encoder.save}
+    return _Learnt(state.model, about, writers, list(state.curve))
+
+
+def _taken(base: Path, dataset: Dataset, recipe: Recipe, device: torch.device) -> _Learnt:
+    """The sequence model of a finished run. Raises RecsysError: it is of another data set, or other settings decide it."""
+    directory = open_directory(base / MODEL)
+    theirs = directory.manifest["recipe"]
+    if directory.manifest["dataset"]["hash"] != dataset.manifest["hash"]:
+        raise RecsysError(f"{base}: learnt from another data set; give that one, or train without --model")
+    for owner in DECISIVE:
+        for name, value in recipe[owner.section].items():
+            found = theirs[owner.section].get(name)
+            if json.dumps(found) != json.dumps(value):
+                here = f"{owner.section}.{name} is {found!r} there and {value!r} here"
+                raise RecsysError(f"{base}: {here}; set it alike, or train without --model")
+    about = {name: directory.manifest[name] for name in ABOUT if name in directory.manifest}
+    writers: dict[str, Writer] = {
+        file: partial(shutil.copyfile, directory.path / file)
+        for file in (WEIGHTS, CONTENT, ENCODER)
+        if file in directory.manifest["files"]
+    }
+    return _Learnt(model_from(directory, device.type), about, writers, [])
+
+
+ABOUT = ("items", "parameters", "best_epoch", "quality", "depth_curve", "items_without_text")
+"""What a manifest says of a sequence model."""
+
+
+def _rank(
+    learnt: _Learnt, dataset: Dataset, recipe: Recipe, checkpoint: Path, key: str, observe: Callable[[Observation], None]
+) -> None:
+    """Learn the ranker of the sequence model, and add it to what has been learnt."""
+    events_V = torch.tensor(dataset.items["events"].to_numpy(), dtype=torch.float32)
+    state, companions, curve = fit_ranker(
+        learnt.model,
+        dataset.sequences,
+        events_V,
+        RankerSettings(**recipe[RankerSettings.section]),
+        RankingSettings(**recipe[RankingSettings.section]),
+        recipe[TrainSettings.section]["seed"],
+        checkpoint=checkpoint,
+        key=key,
+        observe=observe,
+    )
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.model.state_dict().items()}
+    learnt.writers[RANKER] = lambda path: save_file(weights, path)
+    if companions is not None:
+        learnt.writers[COMPANIONS] = companions.save
+    learnt.about["ranker"] = {
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "best_epoch": state.best_epoch,
+        "curve": curve,
+    }
+    learnt.curve += [{"part": "ranker", **line} for line in state.curve]
 
 
 def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | None = None) -> tuple[ContentEncoder, Content]:
@@ -113,6 +227,8 @@ def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | 
 def run_key(recipe: Recipe, digest: str) -> str:
     """What decides a run's weights: the sections that `fit` takes and the data set's hash."""
     decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
+    if recipe.get(RankerSettings.section, {}).get("blocks"):
+        decisive |= {owner.section: recipe[owner.section] for owner in RANKING}
     return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
 
 
@@ -124,6 +240,8 @@ DECISIVE: tuple[type[Settings], ...] = (
     TextSettings,
 )
 """What `fit` takes, in its order."""
+RANKING: tuple[type[Settings], ...] = (RankerSettings, RankingSettings)
+"""What `fit_ranker` takes; they decide a run that has a ranker."""
 
 
 def _begun(out: Path, key: str, tracking: Tracking) -> bool:
@@ -145,41 +263,3 @@ def _begun(out: Path, key: str, tracking: Tracking) -> bool:
         raise RecsysError(f"{out}: holds a run of another recipe or data set; give another place, or delete it")
     tracking.uri, tracking.run_id = address["uri"], address["run_id"]
     return True
-
-
-def _publish(
-    out: Path,
-    state: State,
-    dataset: Dataset,
-    recipe: Recipe,
-    name: str,
-    tracking: Tracking,
-    seconds: float,
-    encoder: ContentEncoder | None,
-    content: Content | None,
-) -> Directory:
-    best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
-    manifest = {
-        "kind": "model",
-        "name": name,
-        "recipe": recipe,
-        "items": state.model.items,
-        "dataset": {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")},
-        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-        "best_epoch": state.best_epoch,
-        "quality": {"validation": {key: best[key] for key in best if "@" in key}},
-        **({"depth_curve": depth_curve(state.model, dataset.sequences)} if state.model.settings.early_exit else {}),
-        "clock": {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 1),
-            "tracking": tracking.address,
-        },
-    }
-    writers: dict[str, Writer] = {
-        WEIGHTS: lambda path: save_file(state.model.weights(), path),
-        ITEMS: partial(shutil.copyfile, dataset.path / ITEMS),
-    }
-    if encoder is not None and content is not None:
-        manifest["items_without_text"] = int((content.tokens_VL == 0).all(1).sum())
-        writers |= {CONTENT: content.save, ENCODER: encoder.save}
-    return publish(out / MODEL, writers, manifest)

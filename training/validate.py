@@ -39,7 +39,7 @@ def validate(
     """
     vectors_VE, known_V = model.item_vectors(), model.known_V
     ranks, owners, users = [], [], 0
-    for history, future in _histories(model, sequences, split):
+    for history, future in histories(model, sequences, split):
         states_BE = (encode or model.encode)(history, future.times[future.offsets[:-1]])
         scores_BV = pad(states_BE @ vectors_VE.T, (0, 1), value=-torch.inf)  # last column: what has no vector
         scores_BV[:, :-1].masked_fill_(~known_V, -torch.inf)
@@ -59,7 +59,7 @@ def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, An
     `model.encode`, and the figures; most blocks first. Empty where there is nobody to judge.
     """
     alike = []
-    for history, future in _histories(model, sequences, "validation"):
+    for history, future in histories(model, sequences, "validation"):
         batch, asked = model.asked(history, future.times[future.offsets[:-1]])
         last = torch.arange(len(batch), device=batch.values.device), batch.lengths - 1
         states = [states_BTE[last] for states_BTE in model.exits(batch, asked=asked)]
@@ -81,10 +81,14 @@ def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, An
     return curve
 
 
-def _histories(model: SequenceModel, sequences: Sequences, split: str) -> Iterator[tuple[Batch, Batch]]:
-    """Histories of about the same length with what follows them, of users who have both, on the model's device."""
+def histories(model: SequenceModel, sequences: Sequences, split: str, most: int = 2**62) -> Iterator[tuple[Batch, Batch]]:
+    """Histories of about the same length with what follows them, of users who have both, on the model's device.
+
+    At most `most` users, evenly chosen.
+    """
     begins_U, ends_U, target_ends_U = sequences.windows(split)
     users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
+    users_U = users_U[torch.arange(min(most, len(users_U))) * len(users_U) // max(1, min(most, len(users_U)))]
     users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
     lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
     lengths_U = lengths_U.clamp(min=TOKENS * model.lines // SCORES)  # so that users × items stays within SCORES

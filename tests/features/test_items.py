@@ -1,9 +1,10 @@
-"""Number columns: what their cells become, and which of them are refused in one line."""
+"""Number columns and attributes: what their cells become, and which of them are refused in one line."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import polars as pl
 import pytest
 
 from features.build import build
-from features.dataset import Dataset
+from features.dataset import ATTRIBUTE, LISTED, Dataset
 from features.items import describe
 from features.schema import DataSettings
 from recsys.config import Recipe
-from recsys.errors import DataError
+from recsys.errors import DataError, RecipeError
 
 Build = Callable[..., Dataset]
 EVENTS = pl.DataFrame({"user_id": [1, 2, 1, 2, 3], "item_id": [7, 7, 5, 3, 11], "timestamp": [13, 17, 19, 23, 29]})
@@ -135,3 +136,131 @@ def test_the_manifest_counts_the_items_without_text(folder: Path) -> None:
         for data in ({}, {"text_columns": ["kind", "title"]})
     ]
     assert counts == [3, 2]
+
+
+def attributes(*columns: pl.Series, known: dict[str, pl.DataType] | None = None) -> dict[str, pl.Series]:
+    """These columns of three items as attributes, by name."""
+    names = tuple(column.name for column in columns)
+    before = {ATTRIBUTE + name: dtype for name, dtype in (known or {}).items()}
+    settings = DataSettings(attribute_columns=names)
+    table = describe(pl.DataFrame([pl.Series("item_id", IDS), *columns]), settings, "items", before)
+    assert table.columns == [*LISTED, *(ATTRIBUTE + name for name in names)]
+    return {name: table[ATTRIBUTE + name] for name in names}
+
+
+TEXTS = pl.List(pl.String)
+KEPT: dict[str, tuple[pl.Series, pl.DataType, list[Any]]] = {
+    "true or false": (pl.Series("on", [True, None, False]), pl.Boolean(), [True, None, False]),
+    "text of true or false": (pl.Series("on", [" True ", "", "false"]), pl.Boolean(), [True, None, False]),
+    "whole numbers": (pl.Series("year", [1999, None, 2003]), pl.Float64(), [1999, None, 2003]),
+    "numbers that are not finite": (pl.Series("price", [math.nan, math.inf, -2.5]), pl.Float64(), [None, None, -2.5]),
+    "text of numbers": (pl.Series("price", [" 2.50", "-3e2", None]), pl.Float64(), [2.5, -300, None]),
+    "text": (pl.Series("brand", [" Acme", "", "7"]), pl.String(), ["Acme", None, "7"]),
+    "text of true and numbers": (pl.Series("brand", ["true", "7", "false"]), pl.String(), ["true", "7", "false"]),
+    "categories of polars": (pl.Series("brand", ["Acme", None, "7"], pl.Categorical), pl.String(), ["Acme", None, "7"]),
+    "lists of texts": (pl.Series("tags", [["a ", "", "b", "a"], None, []], TEXTS), TEXTS, [["a", "b"], None, []]),
+    "missing": (pl.Series("later", [None, None, None]), pl.Null(), [None] * 3),
+    "empty texts": (pl.Series("later", ["", " ", None]), pl.Null(), [None] * 3),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_an_attribute_keeps_its_type_and_is_null_where_it_is_missing(case: str) -> None:
+    column, dtype, wanted = KEPT[case]
+    found = attributes(column)[column.name]
+    assert found.dtype == dtype
+    assert found.to_list() == wanted
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pl.Series("x", [date(2011, 3, 7), None, None]),
+        pl.Series("x", [b"2", None, b"5"]),
+        pl.Series("x", [{"cents": 2}, {"cents": 3}, None]),
+        pl.Series("x", [[2], [3], None]),
+        pl.Series("x", [["a", "b"], ["c", "d"], None], pl.Array(pl.String, 2)),
+        pl.Series("x", [[["a"]], [[]], None]),
+    ],
+    ids=lambda column: str(column.dtype),
+)
+def test_an_attribute_of_another_type_is_refused_in_one_line(column: pl.Series) -> None:
+    with pytest.raises(
+        DataError, match=r"^items: column 'x' holds .*; an attribute holds true or false, numbers, texts"
+    ) as error:
+        attributes(column)
+    assert "\n" not in str(error.value)
+
+
+def test_text_is_read_as_the_items_before_and_what_is_of_another_type_is_refused() -> None:
+    numerals = pl.Series("size", ["38", None, "40"])
+    assert attributes(numerals)["size"].dtype == pl.Float64
+    assert attributes(numerals, known={"size": pl.String()})["size"].to_list() == ["38", None, "40"]
+    assert attributes(numerals, known={"size": pl.Null()})["size"].dtype == pl.Float64
+    assert attributes(pl.Series("size", [None] * 3), known={"size": pl.String()})["size"].dtype == pl.Null
+    for column, known, says in (
+        (pl.Series("size", ["38", "XL", None]), pl.Float64(), "holds texts, for the items before numbers"),
+        (pl.Series("size", ["true", "maybe", None]), pl.Boolean(), "holds texts, for the items before true or false"),
+        (pl.Series("size", [0, 1, 1]), pl.Boolean(), "holds numbers, for the items before true or false"),
+        (pl.Series("size", ["38", None, None]), TEXTS, "holds texts, for the items before lists of texts"),
+    ):
+        with pytest.raises(DataError, match=f"column 'size' {says}"):
+            attributes(column, known={"size": known})
+
+
+def test_an_attribute_that_is_not_there_or_has_no_table_is_named(folder: Path, build_in: Build) -> None:
+    items = pl.DataFrame({"item_id": IDS, "in_stock": [True, False, None]})
+    with pytest.raises(DataError, match="no column 'instock'; did you mean 'in_stock'"):
+        build_in(folder, EVENTS, items=items, title="", attribute_columns=["instock"])
+    with pytest.raises(DataError, match=r"there is none to hold data\.attribute_columns"):
+        build_in(folder, EVENTS, attribute_columns=["in_stock"])
+
+
+@pytest.mark.parametrize("names", [["price", "price"], ["price", "categories"]])
+def test_an_attribute_has_one_name_and_not_that_of_the_categories(names: list[str]) -> None:
+    with pytest.raises(RecipeError, match="attribute_columns are"):
+        Recipe("test", {"data": {"attribute_columns": names}}).read(DataSettings)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_attributes_are_the_same_from_every_format_and_null_of_unlisted_items(
+    suffix: str, folder: Path, build_in: Build
+) -> None:
+    items = pl.DataFrame({"item_id": IDS, "on": [True, None, False], "price": [2.5, 3, None], "brand": ["x", "y", None]})
+    names = ["price", "on", "brand"]
+    found = build_in(folder, EVENTS, items=items, suffix=suffix, title="", attribute_columns=names).items
+    by_id = {row["item_id"]: [row[ATTRIBUTE + name] for name in names] for row in found.iter_rows(named=True)}
+    assert by_id == {3: [2.5, True, "x"], 5: [3, None, "y"], 7: [None, False, None], 11: [None] * 3}
+    plain = build_in(folder, EVENTS, items=items, suffix=suffix, title="").items
+    assert plain.equals(found.select(plain.columns)), "nothing else changes, and without attributes there are no columns"
+
+
+LATER_ON: dict[str, list[Any]] = {"known": [True, False], "partly missing": [None, True], "wholly missing": [None, None]}
+
+
+@pytest.mark.parametrize("first", LATER_ON)
+@pytest.mark.parametrize("later", LATER_ON)
+def test_appending_items_with_attributes_gives_the_files_of_building_at_once(
+    first: str, later: str, folder: Path, build_in: Build
+) -> None:
+    tables = [
+        pl.DataFrame({"item_id": ids, "on": on, "tags": tags}, schema_overrides={"on": pl.Boolean, "tags": TEXTS})
+        for ids, on, tags in (([3, 5], LATER_ON[first], [["a"], None]), ([7, 5], LATER_ON[later], [[], ["b", "a"]]))
+    ]
+    sections: dict[str, Any] = {"title": "", "attribute_columns": ["on", "tags"]}
+    once = build_in(folder, EVENTS, items=pl.concat(tables), **sections).manifest
+    build_in(folder, EVENTS[:3], items=tables[0], **sections)
+    assert build_in(folder, EVENTS[3:], items=tables[1], append=True, **sections).manifest["hash"] == once["hash"]
+    assert (
+        build_in(folder, EVENTS[:1].with_columns(timestamp=31), append=True, **sections).items[ATTRIBUTE + "tags"].dtype
+        == TEXTS
+    )
+
+
+def test_an_append_with_other_attributes_or_another_type_is_refused(folder: Path, build_in: Build) -> None:
+    items = pl.DataFrame({"item_id": IDS, "price": [2, 3, 5], "brand": ["x", "y", "z"]})
+    build_in(folder, EVENTS, items=items, title="", attribute_columns=["price"])
+    with pytest.raises(DataError, match=r"data\.attribute_columns = \['price'\], not \['brand'\]"):
+        build_in(folder, EVENTS, items=items, title="", attribute_columns=["brand"], append=True)
+    with pytest.raises(DataError, match="column 'price' holds texts, for the items before numbers"):
+        build_in(folder, EVENTS, items=items.with_columns(price="brand"), title="", attribute_columns=["price"], append=True)

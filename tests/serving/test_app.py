@@ -59,6 +59,49 @@ def test_every_option_reaches_the_recommender(client: TestClient, recommender: R
     assert ignored["items"] == recommender.answer([5])["items"]
 
 
+def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) -> None:
+    recommender = Recommender.load(stocked_run)
+    with TestClient(create_app(recommender)) as client:
+        for where in (
+            {"in_stock": True, "price": {"min": 2, "max": 4.5}},
+            {"brand": ["brand 1", "brand 3"], "categories": "lamp"},
+            {"price": {"max": 2}, "tags": ["3", "5"]},
+            {"price": 3},
+            {"later": "x"},
+            {},
+        ):
+            assert ask(client, history=[5, 7], k=31, where=where) == recommender.answer([5, 7], 31, where=where)
+        for wrong, named in (
+            ({"stock": True}, "items have no 'stock'; did you mean in_stock?"),
+            ({"in_stock": "yes"}, "'in_stock' holds true or false, found 'yes'"),
+            ({"price": {"mn": 2}}, "'price' is {'mn': 2}"),
+            ({"categories": ["lamb"]}, "nearest: 'lamp'"),
+            ({"brand": ["x"] * 1001}, "at most 1000"),
+            ({"brand": {"x": {"y": "z" * 1000}}}, "have no range"),
+            ({f"name {number}": 1 for number in range(51)}, "where"),
+            ({"x" * 501: 1}, "where"),
+            (["in_stock"], "where"),
+        ):
+            response = client.post("/v1/recommend", json={"history": [5], "where": wrong})
+            assert response.status_code == 422
+            assert named in response.json()["detail"]
+            assert "\n" not in response.json()["detail"]
+            assert len(response.json()["detail"]) < 700
+        assert client.post("/v1/recommend", content=b'{"where": {"price": {"min": NaN}}}').status_code == 422
+        where = client.get("/openapi.json").json()["components"]["schemas"]["Question"]["properties"]["where"]
+    assert where["maxProperties"] == 50
+    assert [kind["type"] for kind in where["additionalProperties"]["anyOf"]] == [
+        "boolean",
+        "number",
+        "string",
+        "array",
+        "object",
+    ]
+    recommender.catalogue.attributes.meeting(
+        {"categories": "lamp", **{name: where["examples"][0][name] for name in ("in_stock", "price")}}
+    )
+
+
 @pytest.mark.parametrize(
     ("question", "named"),
     [

@@ -20,8 +20,8 @@ from recsys.bundle import open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
 from serving.engine import DepthSettings, Recommender
 from serving.evaluate import evaluate
-from serving.explain import attention
 from serving.export import export
+from serving.filters import until
 from serving.index import INDEXES, Index, IndexSettings
 from serving.lists import Lists
 from serving.nightly import nightly
@@ -154,15 +154,19 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
     assert torch.equal(recommender.recommend(history, K, int(sequences.times[ends[user]])).rows[0], report.lists.rows[0])
 
 
-def test_what_is_explained_is_what_is_recommended_at_that_time(dataset: Dataset, tmp_path: Path) -> None:
-    recommender = Recommender.load(write_run(tmp_path / "run", dataset, time="both", request_time=True))
-    early, late = (attention(recommender, ["1", "2", "5"], [10, 500, 900], now) for now in (600, 10**6))
-    assert [len(found.titles) for found in (early, late)] == [2, 3]
-    assert torch.allclose(late.weights_LHTT.sum(-1), torch.ones(()))
-    with pytest.raises(RequestError, match="give times"):
-        attention(recommender, ["1", "2"])
-    masked = Recommender.load(write_run(tmp_path / "masked", dataset, objective="masked"))
-    assert attention(masked, ["1", "2", "5"]).titles[-1] == "(next)"
+def test_scores_of_given_items_are_those_of_lists(recommender: Recommender, dataset: Dataset) -> None:
+    s = dataset.sequences
+    histories = gather(s.items, s.times, s.offsets[:23], s.offsets[1:24])
+    now = s.times[s.offsets[1:24] - 1]
+    lists = recommender.recommend(histories, K, now)
+    assert torch.equal(recommender.score(histories, lists.rows, now), lists.scores)
+    without_vector = torch.tensor([[PADDING, FIRST_ITEM + recommender.lines, -1]]).expand(23, 3)
+    assert torch.equal(recommender.score(histories, without_vector), torch.full((23, 3), -torch.inf))
+    earlier = recommender.score(histories, lists.rows, now - 600)
+    assert not torch.equal(earlier, lists.scores)
+    assert torch.equal(earlier[5:6], recommender.score(until(histories, now - 600).last(LENGTH), lists.rows)[5:6])
+    vectors_BCE = recommender.scan.vectors_VE[lists.rows - FIRST_ITEM]
+    assert torch.equal(recommender.score(histories, lists.rows, now, 2 * vectors_BCE), 2 * lists.scores)
 
 
 def test_a_masked_history_of_unknown_items_gets_the_popular_ones(dataset: Dataset, tmp_path: Path) -> None:
@@ -393,7 +397,7 @@ def test_no_altered_bit_of_what_a_manifest_says_changes_what_is_served(bundles: 
 def test_a_bundle_of_another_format_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bundles["exact"], tmp_path / "bundle")
     manifest = tmp_path / "bundle" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
     with pytest.raises(BundleError, match="format 1"):
         Recommender.load(tmp_path / "bundle")
 

@@ -26,12 +26,12 @@ from recsys.errors import BundleError, DataError, RequestError
 from serving.app import create_app
 from serving.engine import Recommender, read_vectors
 from serving.evaluate import evaluate
-from serving.explain import attention
+from serving.explain import explain
 from serving.export import export
 from serving.index import INDEX, INDEXES, IndexSettings
 from serving.items import add, remove, update
 from serving.nightly import nightly
-from tests.serving.conftest import GOODS, KINDS, goods, write_run
+from tests.serving.conftest import GOODS, KINDS, goods, stocked, write_run
 
 ROOT = Path(__file__).parents[2]
 LAMPS = [item_id for item_id in range(GOODS) if item_id % 7 == 0]
@@ -242,6 +242,95 @@ def test_items_of_which_no_list_of_numbers_is_known_are_added_by_their_text(dtyp
     assert NEW in best(Recommender.load(tmp_path / "bundle"), [0, 7], 31)
 
 
+@pytest.fixture
+def stocked_bundle(stocked_run: Path, tmp_path: Path) -> Path:
+    export(stocked_run, tmp_path / "bundle", IndexSettings())
+    return tmp_path / "bundle"
+
+
+def in_stock(bundle: Path | Recommender) -> set[int]:
+    """What may be recommended where it must be in stock."""
+    recommender = Recommender.load(bundle) if isinstance(bundle, Path) else bundle
+    return set(best(recommender, [], 2 * GOODS, where={"in_stock": True}))
+
+
+STOCK = {item_id for item_id in range(GOODS) if item_id % 3 == 0 and item_id % 11}
+
+
+def test_an_update_of_attributes_alone_changes_these_alone(stocked_bundle: Path) -> None:
+    old, before = Recommender.load(stocked_bundle), contents(stocked_bundle)
+    changed = {0: True, 3: False, 6: None, 7: True}
+    table = pl.DataFrame({"item_id": list(changed), "in_stock": list(changed.values())})
+    manifest = update(stocked_bundle, table.lazy())
+    assert manifest["changes"] == {"updated": 4}
+    after = contents(stocked_bundle)
+    assert {name for name in after if after[name] != before[name]} == {"items.parquet", "manifest.json"}
+    new = Recommender.load(stocked_bundle)
+    assert in_stock(new) == STOCK - {3, 6} | {0, 7}
+    assert in_stock(old) == STOCK, "what was loaded before serves on"
+    assert new.answer(HISTORY, K) == {**old.answer(HISTORY, K), "bundle": new.id}
+    column = "attribute: in_stock"
+    assert new.catalogue.table.drop(column).equals(old.catalogue.table.drop(column))
+
+
+def test_attributes_that_no_item_had_and_several_at_once_are_updated_and_text_is_read_by_their_type(
+    stocked_bundle: Path,
+) -> None:
+    update(stocked_bundle, pl.DataFrame({"item_id": [3, 5], "later": ["soon", "12"], "brand": ["7", ""]}).lazy())
+    recommender = Recommender.load(stocked_bundle)
+    assert best(recommender, [], GOODS, where={"later": ["soon", "12"], "brand": "7"}) == [3]
+    assert set(best(recommender, [], GOODS, where={"later": ["soon", "12"]})) == {3, 5}
+    update(stocked_bundle, pl.DataFrame({"item_id": [5], "later": ["7"]}).lazy())
+    assert best(Recommender.load(stocked_bundle), [], GOODS, where={"later": "7"}) == [5]
+
+
+def test_added_and_updated_items_bring_their_attributes_with_them(stocked_bundle: Path) -> None:
+    new = stocked([NEW, NEW + 1], in_stock=pl.Series([True, None]), brand=pl.lit("new brand"))
+    add(stocked_bundle, new.lazy())
+    assert in_stock(stocked_bundle) == STOCK | {NEW}
+    rows = stocked([NEW, 5], in_stock=pl.Series([None, True], dtype=pl.Boolean), tags=pl.lit(None))
+    update(stocked_bundle, rows.lazy())
+    assert in_stock(stocked_bundle) == STOCK | {5}
+    recommender = Recommender.load(stocked_bundle)
+    assert set(best(recommender, HISTORY, GOODS, where={"brand": "new brand"})) == {NEW + 1}
+    remove(stocked_bundle, [5, NEW + 1])
+    update(stocked_bundle, pl.DataFrame({"item_id": [5, NEW], "in_stock": [True, True]}).lazy())
+    assert in_stock(stocked_bundle) == STOCK | {NEW}, "a removed item stays so"
+
+
+def test_attributes_of_a_model_that_reads_no_text_are_updated_too(tmp_path: Path) -> None:
+    events = {"user_id": [1, 1, 1, 2, 2, 2], "item_id": [3, 5, 7, 5, 3, 11], "timestamp": range(6)}
+    pl.DataFrame(events).write_parquet(tmp_path / "events.parquet")
+    items = {"item_id": [3, 5, 7], "name": ["a", "b", "c"], "in_stock": ["true", "false", ""]}
+    pl.DataFrame(items).write_csv(tmp_path / "items.csv")
+    data = {"title": "name", "attribute_columns": ("in_stock",)}
+    split = {"method": "global_time", "test_start": 9, "validation_days": 0}
+    build(tmp_path, Recipe("tiny", {"data": data, "split": split}), tmp_path / "dataset")
+    export(write_run(tmp_path / "run", Dataset.open(tmp_path / "dataset")), tmp_path / "bundle", IndexSettings())
+    assert in_stock(tmp_path / "bundle") == {3}
+    update(tmp_path / "bundle", pl.DataFrame({"item_id": [5, 11], "in_stock": [True, True]}).lazy())
+    assert in_stock(tmp_path / "bundle") == {3, 5, 11}
+
+
+WRONG_ATTRIBUTES: dict[str, tuple[dict[str, list[Any]], str]] = {
+    "not there": ({"item_id": [3, NEW], "in_stock": [True, True]}, f"{NEW} is not in the bundle"),
+    "an id twice": ({"item_id": [3, 3], "in_stock": [True, False]}, "repeated_row"),
+    "another type": ({"item_id": [3], "in_stock": [1]}, "'in_stock' holds numbers, for the items before true or false"),
+    "what the model reads": ({"item_id": [3], "in_stock": [True], "price": [3.0]}, "no column 'kind'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ATTRIBUTES)
+def test_attributes_that_cannot_be_taken_are_one_line_and_change_no_byte(case: str, stocked_bundle: Path) -> None:
+    columns, says = WRONG_ATTRIBUTES[case]
+    before = contents(stocked_bundle)
+    with pytest.raises(DataError) as error:
+        update(stocked_bundle, pl.DataFrame(columns).lazy())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert contents(stocked_bundle) == before
+
+
 Change = Callable[[Path, pl.LazyFrame], object]
 WRONG: dict[str, tuple[Change, pl.DataFrame, str]] = {
     "there already": (add, goods([NEW, 3]), "items: 3 is in the bundle already"),
@@ -380,8 +469,8 @@ def test_lists_of_histories_with_an_added_item_agree_at_night_offline_and_over_h
 
 def test_the_words_of_an_added_item_are_read(bundle: Path) -> None:
     add(bundle, goods([NEW], title=pl.lit("brass kettle, brass violin")).lazy())
-    words = attention(Recommender.load(bundle), [str(item_id) for item_id in (*HISTORY, NEW)]).words
-    assert words is not None
+    events = explain(Recommender.load(bundle), [*HISTORY, NEW], torch.Generator().manual_seed(0)).events
+    words = [event["words"] for event in events]
     assert set(words[-1]) == {"brass", "kettle", "violin"}
     assert [len(found) > 0 for found in words] == [False, False, True, True, True, True]  # model.text_span is 4
     assert sum(sum(found.values()) for found in words) == pytest.approx(1)

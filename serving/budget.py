@@ -1,0 +1,363 @@
+"""The best lists within a budget: what each profile of a bundle costs and is worth, measured, and the choice written into it.
+
+A *profile* is what decides the cost of an answer: how many candidates go through how many blocks of the ranker, how many blocks
+of the model a history goes through, and how far the index looks. Of the last two, what is no better than a cheaper entry beside
+the fullest of the others is left out: it is dominated in principle. All combinations of the rest are judged and timed, each
+request by every profile in turn, so that a drift of the machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from features.dataset import Dataset
+from recsys.batch import FIRST_ITEM, Sequences
+from recsys.bundle import Directory, renew
+from recsys.errors import DataError, RequestError
+from recsys.metrics import measure
+from serving.engine import DepthSettings, Recommender
+from serving.evaluate import judge
+from serving.export import measure_bundle, spread
+from serving.index import Index, IndexSettings, lists
+from serving.ranking import ServingSettings
+
+CANDIDATES = (50, 100, 200, 400)
+LOOKS = {
+    "ivf": ("probes", (8, 16, 32, 64, 128, 256)),
+    "ivf_sq8": ("probes", (8, 16, 32, 64, 128, 256)),
+    "hnsw": ("breadth", (50, 100, 200, 400)),
+}
+"""What says how far each kind of index looks, and what is tried; an exact one always looks everywhere."""
+K = 10
+"""Of NDCG and recall."""
+DIGITS = 4
+"""Of NDCG and recall; what differs less is equal: over 1,000 users the error of an NDCG@10 is about .01."""
+REQUESTS = 200
+"""Timed requests of a profile."""
+WARM = 10
+"""Requests before them, which are not timed."""
+
+Progress = Callable[[str, int, int], None]
+Choice = TypeVar("Choice", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an answer may cost. Raises RequestError: no limit or two, or one of no more than 0."""
+
+    latency_ms: float | None = None
+    """Milliseconds within which 99 of 100 answers are there, asked one at a time."""
+    price: float | None = None
+    """Of a million answers of one core that is always busy, in the currency of `core_hour`."""
+    core_hour: float | None = None
+    """Price of an hour of one core."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in given.items():
+            if not 0 < value < float("inf"):
+                raise RequestError(f"--{name.replace('_', '-')} is {value}; give more than 0")
+        if "price" in given and "core_hour" not in given:
+            raise RequestError("--price is given without --core-hour; say also what an hour of one core costs")
+        if len(given.keys() & {"latency_ms", "price"}) != 1:
+            found = "both --latency-ms and --price are given" if "price" in given else "the budget has no limit"
+            raise RequestError(f"{found}; give either --latency-ms, or --price with --core-hour")
+
+    @property
+    def limit(self) -> float:
+        """Milliseconds or money, as `cost`."""
+        return self.latency_ms or self.price or 0.0
+
+    def cost(self, timed: Timed) -> float:
+        """What the limit is of: the p99 in milliseconds, or the price."""
+        return timed.p99_ms if self.price is None else self.priced(timed) or 0.0
+
+    def priced(self, timed: Timed) -> float | None:
+        """Price of a million answers; None where a core-hour has none."""
+        return None if self.core_hour is None else timed.mean_ms * 1e6 / 3.6e6 * self.core_hour
+
+    def said(self, timed: Timed) -> str:
+        """The cost, in words."""
+        return f"a p99 of {timed.p99_ms:.4g} ms" if self.price is None else f"{self.cost(timed):.4g} for a million answers"
+
+    def record(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What decides the cost of an answer."""
+
+    serving: ServingSettings
+    depth: DepthSettings
+    index: IndexSettings
+    looks: str = ""
+    """Which setting of the index says how far it looks; empty: none."""
+
+    def of(self, recommender: Recommender) -> Recommender:
+        """The recommender at this cost."""
+        return recommender.with_profile(self.serving, self.depth, self.index)
+
+    @property
+    def ranked(self) -> bool:
+        return bool(self.serving.ranker_blocks)
+
+    def record(self) -> dict[str, Any]:
+        """The settings by name; `blocks` is "all" or a number, candidates are None where they are not ranked."""
+        looks = {self.looks: getattr(self.index, self.looks)} if self.looks else {}
+        candidates = self.serving.candidates if self.ranked else None
+        blocks = round(self.depth.blocks, 2) or "all"
+        return {"candidates": candidates, "ranker_blocks": self.serving.ranker_blocks, "blocks": blocks, **looks}
+
+    def recipe(self) -> dict[str, dict[str, Any]]:
+        """The sections of a recipe."""
+        return {part.section: part.as_dict() for part in (self.serving, self.depth, self.index)}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How long answers took, in milliseconds."""
+
+    p50_ms: float
+    p99_ms: float
+    mean_ms: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Timed:
+        """The p99 is a time that was measured, and at least 99 of 100 are no longer."""
+        p50, p99 = np.quantile(seconds, (0.5, 0.99), method="higher")
+        return Timed(*(round(1000 * float(value), 4) for value in (p50, p99, np.mean(seconds))))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A profile with what it costs and is worth."""
+
+    profile: Profile
+    quality: Mapping[str, float]
+    """recall@10 and ndcg@10."""
+    timed: Timed
+
+    @property
+    def ndcg(self) -> float:
+        return self.quality[f"ndcg@{K}"]
+
+    def record(self, budget: Budget) -> dict[str, Any]:
+        price = budget.priced(self.timed)
+        money = {} if price is None else {"price": float(f"{price:.4g}")}
+        return {**self.profile.record(), **self.quality, **vars(self.timed), **money}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured, and what was chosen."""
+
+    budget: Budget
+    k: int
+    users: int
+    """By whom lists were judged."""
+    measured: Sequence[Measured]
+    frontier: Sequence[Measured]
+    chosen: Measured
+    again: Timed
+    """The chosen one alone, by requests of other users."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "limit": self.budget.record(),
+            "k": self.k,
+            "users": self.users,
+            "chosen": self.chosen.record(self.budget),
+            "again": vars(self.again),
+            "frontier": [one.record(self.budget) for one in self.frontier],
+            "measured": [one.record(self.budget) for one in self.measured],
+        }
+
+
+def spend(
+    recommender: Recommender,
+    dataset: Dataset,
+    budget: Budget,
+    k: int = 10,
+    users: int = 1000,
+    progress: Progress = lambda what, done, of: None,
+) -> Found:
+    """The profile of the best lists within the budget, which kept it when it was measured once more.
+
+    Lists are judged by evenly chosen users of the validation split, each by the first event of theirs, if it is new to them,
+    and timed by their histories, on the threads that torch and the recommender have. `progress` hears (what, answers given, in
+    all). Raises RequestError: k below 1, no user, or nothing keeps the budget. DataError: nobody can be judged.
+    """
+    if k < 1 or users < 1:
+        raise RequestError(f"k is {k}, users are {users}; ask for at least 1 of each")
+    sequences = recommender.catalogue.align(dataset)
+    firsts = torch.minimum(sequences.train_end + 1, sequences.validation_end)
+    sequences = replace(sequences, validation_end=firsts)
+    begins_U, ends_U, targets_U = sequences.windows("validation")
+    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    judged_B = users_U[spread(len(users_U), users)]
+    judged = 0
+
+    def worth(profile: Profile, tell: Callable[[int], None]) -> dict[str, float]:
+        nonlocal judged
+        lister = profile.of(recommender)
+        _, ranks_P, owners_P, _ = judge(lister, sequences, "validation", judged_B, max(k, K), False, tell)
+        if not len(owners_P):
+            raise DataError("the validation split has no user with a history and a new item; give more events or another [split]")
+        judged = len(owners_P)
+        return {name: round(value, DIGITS) for name, value in measure(ranks_P, owners_P, len(judged_B), (K,)).items()}
+
+    quality = judge_profiles(recommender, worth, len(judged_B), progress)
+    timed_B = users_U[spread(len(users_U), 2 * REQUESTS)]
+    here, there = (requests(recommender, sequences, users_B, k) for users_B in (timed_B[::2], timed_B[1::2]))
+    times = time_answers([profile.of(recommender) for profile in quality], here, progress)
+    measured = [Measured(profile, worth, timed) for (profile, worth), timed in zip(quality.items(), times, strict=True)]
+
+    def again(one: Measured) -> Timed:
+        return time_answers([one.profile.of(recommender)], there or here, progress, "timed alone")[0]
+
+    chosen, alone = choose(measured, budget, again)
+    return Found(budget, k, judged, measured, frontier(measured, budget), chosen, alone)
+
+
+def choices(recommender: Recommender) -> tuple[list[ServingSettings], list[DepthSettings], list[IndexSettings], str]:
+    """What may be chosen of rankings, depths and searches, each from the cheapest to the fullest, and what says the last."""
+    manifest, items = recommender.manifest, recommender.items
+    unranked = replace(recommender.serving, ranker_blocks=0)
+    ranked = [
+        replace(recommender.serving, ranker_blocks=blocks, candidates=candidates)
+        for blocks in range(1, 1 + (recommender.ranker.settings.blocks if recommender.ranker else 0))
+        for candidates in sorted({min(candidates, items) for candidates in CANDIDATES})
+    ]
+    every = recommender.model.settings.blocks
+    exits = sorted({line["blocks"] for line in manifest.get("depth_curve", ()) if line["blocks"] < every})
+    index = IndexSettings(**manifest["recipe"][IndexSettings.section])
+    looks, entries = LOOKS.get(manifest["index"]["kind"], ("", ()))
+    most = lists(recommender.lines) if looks == "probes" else recommender.lines
+    searches = [replace(index, **{looks: entry}) for entry in sorted({min(entry, most) for entry in entries})]
+    return [unranked, *ranked], [*map(DepthSettings, exits), DepthSettings()], searches or [index], looks
+
+
+def judge_profiles(
+    recommender: Recommender,
+    worth: Callable[[Profile, Callable[[int], None]], dict[str, float]],
+    users: int,
+    progress: Progress,
+) -> dict[Profile, dict[str, float]]:
+    """Quality of all profiles that are not dominated in principle, in ascending order of their settings."""
+    ranked, depths, searches, looks = choices(recommender)
+    known: dict[Profile, dict[str, float]] = {}
+
+    def judged(profile: Profile, what: str, number: int, of: int) -> dict[str, float]:
+        if profile not in known:
+            known[profile] = worth(profile, lambda done: progress(what, number * users + done, of * users))
+        progress(what, (number + 1) * users, of * users)
+        return known[profile]
+
+    def better(entries: list[Choice], profile: Callable[[Choice], Profile], what: str) -> list[Choice]:
+        """The entries that are better than each cheaper one."""
+        if len(entries) == 1:
+            return entries
+        found = [
+            judged(profile(entry), what, number, len(entries))[f"ndcg@{K}"] for number, entry in enumerate(entries)
+        ]
+        best = itertools.accumulate(found, max)
+        return [entries[0], *(b for (_, b), (old, new) in zip(itertools.pairwise(entries), itertools.pairwise(best)) if new > old)]
+
+    depths = better(depths, lambda depth: Profile(ranked[-1], depth, searches[-1], looks), "depths")
+    searches = better(searches, lambda search: Profile(ranked[-1], depths[-1], search, looks), "searches")
+    rest = [Profile(*parts, looks) for parts in itertools.product(ranked, depths, searches)]
+    return {profile: judged(profile, "judged", number, len(rest)) for number, profile in enumerate(rest)}
+
+
+def requests(recommender: Recommender, sequences: Sequences, users_B: torch.Tensor, k: int) -> list[dict[str, Any]]:
+    """What Recommender.answer is asked for users of the validation split: their history, when their next event happened."""
+    begins_U, ends_U, _ = sequences.windows("validation")
+    known, asked = range(FIRST_ITEM, FIRST_ITEM + len(recommender.catalogue)), []
+    for begin, end in zip(begins_U[users_B].tolist(), ends_U[users_B].tolist(), strict=True):
+        rows, times = sequences.items[begin:end].tolist(), sequences.times[begin : end + 1].tolist()
+        events = [(recommender.catalogue.item_id(row), when) for row, when in zip(rows, times, strict=False) if row in known]
+        history, when = [item for item, _ in events], [when for _, when in events]
+        asked.append({"history": history, "times": when, "now": times[-1] if recommender.reads_now else None, "k": k})
+    return asked
+
+
+def time_answers(
+    recommenders: Sequence[Recommender], asked: Sequence[Mapping[str, Any]], progress: Progress, what: str = "timed"
+) -> list[Timed]:
+    """How long each takes for REQUESTS answers, one at a time; each request goes to all of them in turn, each time another first."""
+    seconds: list[list[float]] = [[] for _ in recommenders]
+    find = recommenders[0].catalogue.by_id
+    for number in range(-WARM, REQUESTS):
+        request = asked[number % len(asked)]
+        for place in range(len(recommenders)):
+            chosen = (number + place) % len(recommenders)
+            started = time.perf_counter()
+            recommenders[chosen].answer(**request, find=find)
+            if number >= 0:
+                seconds[chosen].append(time.perf_counter() - started)
+        if number >= 0:
+            progress(what, (number + 1) * len(recommenders), REQUESTS * len(recommenders))
+    return [Timed.of(part) for part in seconds]
+
+
+def frontier(measured: Sequence[Measured], budget: Budget) -> list[Measured]:
+    """Those that no other beats in both NDCG and cost: each costs more and is better than the one before."""
+    kept: list[Measured] = []
+    for one in sorted(measured, key=lambda one: (budget.cost(one.timed), -one.ndcg)):
+        if not kept or one.ndcg > kept[-1].ndcg:
+            kept.append(one)
+    return kept
+
+
+def choose(measured: Sequence[Measured], budget: Budget, again: Callable[[Measured], Timed]) -> tuple[Measured, Timed]:
+    """The best within the budget that keeps it when it is measured again, and how it did so; of equals the cheapest.
+
+    Raises RequestError: there is none.
+    """
+    line = frontier(measured, budget)
+    alone = None
+    for one in reversed([one for one in line if budget.cost(one.timed) <= budget.limit]):
+        alone = again(one)
+        if budget.cost(alone) <= budget.limit:
+            return one, alone
+    cheapest = line[0]
+    twice = "" if alone is None else f", and {budget.said(alone)} when measured again"
+    told = ", ".join(f"{name} {value}" for name, value in cheapest.profile.record().items() if value is not None)
+    raise RequestError(
+        f"nothing keeps the budget of {budget.limit:g}: the cheapest found ({told}) takes {budget.said(cheapest.timed)}{twice}, "
+        f"with NDCG@{K} {cheapest.ndcg}; allow more"
+    )
+
+
+def write(found: Found, recommender: Recommender, dataset: Dataset, directory: Directory, out: Path) -> dict[str, Any]:
+    """Publish the recommender's bundle with the chosen profile, whole or not at all, and return its manifest.
+
+    What the manifest says of its lists is measured again. Milliseconds stand under `clock`, so that the same choice is the same
+    bundle.
+    """
+    profile, old = found.chosen.profile, directory.manifest
+    chosen = profile.of(recommender)
+    assert isinstance(chosen.searcher, Index)  # a bundle's, which is not loaded with `exact`
+    said, query_ms = measure_bundle(chosen, chosen.searcher, dataset)
+    record = found.as_dict()
+    settled = {name: record[name] for name in ("limit", "k", "users")}
+    judged = {name: record["chosen"][name] for name in (*profile.record(), *found.chosen.quality)}
+    milliseconds = {name: record[name] for name in ("chosen", "again", "frontier")}
+    changes = {
+        **dict.fromkeys(("faithfulness", "calibration", "changes")),
+        **said,
+        "recipe": {**old["recipe"], **profile.recipe()},
+        "budget": {**settled, "split": "validation", "dataset": dataset.manifest["hash"], "chosen": judged},
+        "clock": {"query_ms": round(query_ms, 4), "budget": milliseconds},
+    }
+    return renew(directory, out, {}, changes).manifest
