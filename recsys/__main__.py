@@ -211,8 +211,7 @@ def evaluate(
         metrics_table(report.rows())
         if report.request_time:
             typer.echo("The model was told when each user's first target happened (model.request_time).")
-    if recommender.manifest["dataset"]["hash"] != data.manifest["hash"]:
-        _warn("this is not the data set that the model learnt from; its training events may be among the targets here")
+    _compare(recommender.manifest, data.manifest)
     if track:
         try:
             with Tracking.of(recommender.manifest).run(path.name) as tracking:
@@ -318,20 +317,73 @@ def _change_items(verb: str, bundle: Path, path: Path, out: Path | None, registe
 
 
 def _tell_change(manifest: dict[str, Any], bundle: Path, register: bool) -> None:
-    from recsys.tracking import Tracking
-
-    version = ""
-    if register:
-        try:
-            with Tracking.of(manifest).run(bundle.name) as tracking:
-                version = tracking.register(bundle, manifest["id"])
-        except SetupError as error:
-            _warn(f"the new bundle is not registered: {error}")
+    registered = _registered(manifest, bundle) if register else ""
     counts = {**manifest["changes"]}
     unknown = counts.pop("unknown", 0)
     said = ", ".join(f"{count:,} items {verb}" for verb, count in counts.items())
     said += f", {unknown:,} of them not recommended: nothing is known of them" if unknown else ""
-    typer.echo(f"{bundle}: bundle {manifest['id']}, {said}" + (f", version {version} is champion" if version else ""))
+    typer.echo(f"{bundle}: bundle {manifest['id']}, {said}{registered}")
+
+
+def _registered(manifest: dict[str, Any], bundle: Path) -> str:
+    """Register a bundle in MLflow as champion, and say so; where that cannot be, warn."""
+    from recsys.tracking import Tracking
+
+    try:
+        with Tracking.of(manifest).run(bundle.name) as tracking:
+            version = tracking.register(bundle, manifest["id"])
+    except SetupError as error:
+        _warn(f"the new bundle is not registered: {error}")
+        return ""
+    return f", version {version} is champion" if version else ""
+
+
+@app.command()
+def budget(
+    bundle: BundlePath,
+    dataset: DatasetPath,
+    latency_ms: Annotated[
+        float | None, typer.Option("--latency-ms", help="Milliseconds within which 99 of 100 answers are there.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a million answers; needs --core-hour.")] = None,
+    core_hour: Annotated[float | None, typer.Option("--core-hour", help="Price of an hour of one core.")] = None,
+    out: NewBundle = None,
+    picture: Annotated[Path | None, typer.Option(help="Write quality against cost of all profiles as a PNG.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Items of an answer.")] = 10,
+    users: Annotated[int, typer.Option(help="Users of the validation split by whom lists are judged.")] = 1000,
+    register: Register = True,
+    json: AsJson = False,
+) -> None:
+    """Measure what a bundle's lists cost and are worth, and write the best settings within a budget into it.
+
+    Tried are candidates and blocks of the ranker, early exit, and how far the index looks; one thread, one request at a time.
+
+    Example: recsys budget bundles/ml-1m --dataset datasets/ml-1m --latency-ms 10 --picture budget.png
+    """
+    import torch
+
+    from features.dataset import Dataset
+    from recsys.terminal import bar, frontier_table
+    from serving.budget import Budget, draw, spend, write
+    from serving.engine import Recommender
+    from serving.items import opened
+
+    limit, data = Budget(latency_ms, price, core_hour), Dataset.open(dataset)
+    torch.set_num_threads(1)
+    with opened(bundle) as directory:
+        recommender = Recommender(directory, threads=1)
+        with bar("answers") as progress:
+            found = spend(recommender, data, limit, k, users, progress)
+        if picture is not None:
+            draw(found, picture)
+        manifest = write(found, recommender, data, directory, out or bundle)
+    registered = _registered(manifest, out or bundle) if register else ""
+    if json:
+        typer.echo(json_module.dumps({"bundle": manifest["id"], **found.as_dict()}))
+    else:
+        frontier_table(found.as_dict())
+        typer.echo(f"{out or bundle}: bundle {manifest['id']}, {found.verdict}{registered}")
+    _compare(manifest, data.manifest)
 
 
 @app.command()
@@ -537,6 +589,12 @@ def _merge(
         if section not in known:
             raise RecipeError(f"--set {section}.…: this verb reads [{'] and ['.join(known)}] alone; leave it out")
     return override(sections, overrides or ())
+
+
+def _compare(manifest: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """Warn where a model is judged by another data set than its own."""
+    if manifest["dataset"]["hash"] != dataset["hash"]:
+        _warn("this is not the data set that the model learnt from; its training events may be among the targets here")
 
 
 def _warn(message: str) -> None:

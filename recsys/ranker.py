@@ -354,12 +354,6 @@ class Ranker(nn.Module):
             scores.append(score_BN)
         return scores
 
-    def attention(self, known: Known, rows_BN: Tensor, scores_BN: Tensor, ranks_BN: Tensor, look: Look) -> list[Tensor]:
-        """How each candidate draws from events in each block, shape B × H × N × S; the last event first."""
-        kept: list[Tensor] = []
-        self(known, rows_BN, scores_BN, ranks_BN, look, kept=kept)
-        return kept
-
     def near(self, rows_BN: Tensor, events_BS: Tensor, own_B: Tensor | None = None) -> Tensor:
         """Root of the cosine of each candidate and event as companions, shape B × N × S; 0 where they are none."""
         count, events = rows_BN.shape[1], events_BS.shape[1]

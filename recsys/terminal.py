@@ -140,6 +140,23 @@ def explanation_table(found: Mapping[str, Any]) -> None:
     print(found["verdict"])
 
 
+def frontier_table(found: Mapping[str, Any]) -> None:
+    """Profiles from the cheapest to the best, with the chosen one marked."""
+    from rich.table import Table
+
+    table = Table(title=f"{found['users']:,} users of the validation split")
+    for name in ("", *found["frontier"][0]):
+        table.add_column(name, justify="right")
+    for record in found["frontier"]:
+        cells = [
+            "–" if value is None else f"{value:.4f}" if "@" in name else f"{value:.2f}" if name.endswith("_ms") else str(value)
+            for name, value in record.items()
+        ]
+        chosen = record == found["chosen"]
+        table.add_row("→" if chosen else "", *cells, style="bold" if chosen else None)
+    _show(table)
+
+
 def _words(figures: Mapping[str, float]) -> str:
     """The first words, with their figures."""
     return " · ".join(f"{word} {figure:.2f}" for word, figure in list(figures.items())[:5])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from serving.index import Index, IndexSettings, lists
 from serving.ranking import ServingSettings
 
 CANDIDATES = (50, 100, 200, 400)
+"""Tried with a ranker, at most the items."""
 LOOKS = {
     "ivf": ("probes", (8, 16, 32, 64, 128, 256)),
     "ivf_sq8": ("probes", (8, 16, 32, 64, 128, 256)),
@@ -46,7 +47,7 @@ WARM = 10
 """Requests before them, which are not timed."""
 
 Progress = Callable[[str, int, int], None]
-Choice = TypeVar("Choice", bound=Hashable)
+Choice = TypeVar("Choice", DepthSettings, IndexSettings)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Budget:
         """Price of a million answers; None where a core-hour has none."""
         return None if self.core_hour is None else timed.mean_ms * 1e6 / 3.6e6 * self.core_hour
 
-    def said(self, timed: Timed) -> str:
-        """The cost, in words."""
-        return f"a p99 of {timed.p99_ms:.4g} ms" if self.price is None else f"{self.cost(timed):.4g} for a million answers"
+    def said(self, cost: float) -> str:
+        """In words."""
+        return f"a p99 of {cost:.4g} ms" if self.price is None else f"{cost:.4g} for a million answers"
 
     def record(self) -> dict[str, float]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -170,6 +171,12 @@ class Found:
     again: Timed
     """The chosen one alone, by requests of other users."""
 
+    @property
+    def verdict(self) -> str:
+        """How the chosen one kept the budget, in words."""
+        alone = self.budget.said(self.budget.cost(self.again))
+        return f"NDCG@{K} {self.chosen.ndcg:.{DIGITS}f} at {alone}, within {self.budget.said(self.budget.limit)}"
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
@@ -212,7 +219,9 @@ def spend(
         lister = profile.of(recommender)
         _, ranks_P, owners_P, _ = judge(lister, sequences, "validation", judged_B, max(k, K), False, tell)
         if not len(owners_P):
-            raise DataError("the validation split has no user with a history and a new item; give more events or another [split]")
+            raise DataError(
+                "the validation split has nobody with a history and a new item; give more events or another [split]"
+            )
         judged = len(owners_P)
         return {name: round(value, DIGITS) for name, value in measure(ranks_P, owners_P, len(judged_B), (K,)).items()}
 
@@ -243,7 +252,8 @@ def choices(recommender: Recommender) -> tuple[list[ServingSettings], list[Depth
     index = IndexSettings(**manifest["recipe"][IndexSettings.section])
     looks, entries = LOOKS.get(manifest["index"]["kind"], ("", ()))
     most = lists(recommender.lines) if looks == "probes" else recommender.lines
-    searches = [replace(index, **{looks: entry}) for entry in sorted({min(entry, most) for entry in entries})]
+    tried: list[dict[str, Any]] = [{looks: entry} for entry in sorted({min(entry, most) for entry in entries})]
+    searches = [replace(index, **entry) for entry in tried]
     return [unranked, *ranked], [*map(DepthSettings, exits), DepthSettings()], searches or [index], looks
 
 
@@ -267,11 +277,14 @@ def judge_profiles(
         """The entries that are better than each cheaper one."""
         if len(entries) == 1:
             return entries
-        found = [
-            judged(profile(entry), what, number, len(entries))[f"ndcg@{K}"] for number, entry in enumerate(entries)
-        ]
-        best = itertools.accumulate(found, max)
-        return [entries[0], *(b for (_, b), (old, new) in zip(itertools.pairwise(entries), itertools.pairwise(best)) if new > old)]
+        kept: list[Choice] = []
+        best = -1.0
+        for number, entry in enumerate(entries):
+            found = judged(profile(entry), what, number, len(entries))[f"ndcg@{K}"]
+            if found > best:
+                kept.append(entry)
+                best = found
+        return kept
 
     depths = better(depths, lambda depth: Profile(ranked[-1], depth, searches[-1], looks), "depths")
     searches = better(searches, lambda search: Profile(ranked[-1], depths[-1], search, looks), "searches")
@@ -294,7 +307,7 @@ def requests(recommender: Recommender, sequences: Sequences, users_B: torch.Tens
 def time_answers(
     recommenders: Sequence[Recommender], asked: Sequence[Mapping[str, Any]], progress: Progress, what: str = "timed"
 ) -> list[Timed]:
-    """How long each takes for REQUESTS answers, one at a time; each request goes to all of them in turn, each time another first."""
+    """How long each takes for an answer, of REQUESTS; each request goes to all of them in turn, each time to another first."""
     seconds: list[list[float]] = [[] for _ in recommenders]
     find = recommenders[0].catalogue.by_id
     for number in range(-WARM, REQUESTS):
@@ -325,17 +338,16 @@ def choose(measured: Sequence[Measured], budget: Budget, again: Callable[[Measur
     Raises RequestError: there is none.
     """
     line = frontier(measured, budget)
-    alone = None
-    for one in reversed([one for one in line if budget.cost(one.timed) <= budget.limit]):
+    within, alone = [one for one in line if budget.cost(one.timed) <= budget.limit], None
+    for one in reversed(within):
         alone = again(one)
         if budget.cost(alone) <= budget.limit:
             return one, alone
-    cheapest = line[0]
-    twice = "" if alone is None else f", and {budget.said(alone)} when measured again"
-    told = ", ".join(f"{name} {value}" for name, value in cheapest.profile.record().items() if value is not None)
+    found = budget.said(budget.cost(line[0].timed)) + (f", alone {budget.said(budget.cost(alone))}" if alone else "")
+    settings = ", ".join(f"{name} {value}" for name, value in line[0].profile.record().items() if value is not None)
     raise RequestError(
-        f"nothing keeps the budget of {budget.limit:g}: the cheapest found ({told}) takes {budget.said(cheapest.timed)}{twice}, "
-        f"with NDCG@{K} {cheapest.ndcg}; allow more"
+        f"no profile keeps to {budget.said(budget.limit)}: the cheapest ({settings}; NDCG@{K} {line[0].ndcg}) took {found}; "
+        "allow more"
     )
 
 
@@ -361,3 +373,77 @@ def write(found: Found, recommender: Recommender, dataset: Dataset, directory: D
         "clock": {"query_ms": round(query_ms, 4), "budget": milliseconds},
     }
     return renew(directory, out, {}, changes).manifest
+
+
+def draw(found: Found, path: Path) -> None:
+    """Write a PNG: NDCG@10 against the p99, or for a price against the mean, of all profiles; the frontier has numbers, which
+    stand beside it with what they mean.
+    """
+    from matplotlib.figure import Figure
+
+    budget, line = found.budget, found.frontier
+    name, hour = ("p99_ms" if budget.price is None else "mean_ms"), budget.core_hour or 0.0
+    limit = budget.limit if budget.price is None else budget.limit * 3.6 / hour
+    figure = Figure(figsize=(10.5, max(4.8, 1.4 + 0.52 * len(line))), layout="constrained")
+    panel, key = figure.subplots(1, 2, width_ratios=[2.1, 1])
+    costs, worths = [getattr(one.timed, name) for one in found.measured], [one.ndcg for one in found.measured]
+    panel.set_xscale("log")
+    panel.scatter(costs, worths, s=30, color="#b9c4cf", label="profiles", zorder=2)
+    at = [getattr(one.timed, name) for one in line], [one.ndcg for one in line]
+    panel.plot(*at, color="#4c78a8", marker="o", markersize=6, label="frontier", zorder=3)
+    panel.axvline(limit, color="#e4572e", linestyle="--", linewidth=1.2, label="budget", zorder=1)
+    mark = {"facecolors": "none", "edgecolors": "#e4572e", "linewidths": 1.8}
+    panel.scatter(getattr(found.chosen.timed, name), found.chosen.ndcg, s=150, label="chosen", zorder=4, **mark)
+    for number, (cost, worth) in enumerate(zip(*at, strict=True), 1):
+        panel.annotate(str(number), (cost, worth), (-7, 6), textcoords="offset points", ha="right", fontsize=9, weight="bold")
+    panel.set_xlabel(f"milliseconds of an answer, {'99 of 100 within' if budget.price is None else 'mean'} (one thread)")
+    panel.set_ylabel(f"NDCG@{K}, {found.users:,} users of the validation split")
+    ticks = _ticks(min(*costs, limit), max(*costs, limit))
+    panel.set_xlim(min(*costs, limit) / 1.12, max(*costs, limit) * 1.12)
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.margins(y=0.12)
+    panel.grid(color="0.92")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="0.9")
+    if budget.price is not None:
+        above = panel.secondary_xaxis("top", functions=(lambda ms: ms / 3.6 * hour, lambda price: price * 3.6 / hour))
+        above.set_xticks([tick / 3.6 * hour for tick in ticks], [f"{tick / 3.6 * hour:.2g}" for tick in ticks])
+        above.minorticks_off()
+        above.set_xlabel(f"price of a million answers, at {hour:g} a core-hour")
+    key.set_axis_off()
+    step = 1 / max(len(line), 8)
+    for number, one in enumerate(line, 1):
+        chosen, top = one is found.chosen, 1 - (number - 1) * step
+        told = f"NDCG@{K} {one.ndcg:.{DIGITS}f} · {getattr(one.timed, name):.3g} ms"
+        price = budget.priced(one.timed)
+        told += "" if price is None else f" · {price:.3g} a million"
+        style = {"transform": key.transAxes, "va": "top", "color": "#c23c17" if chosen else "0.15"}
+        key.text(0, top, str(number), fontsize=9, weight="bold", **style)
+        key.text(0.08, top, _words(one.profile, found.measured), fontsize=9, weight="bold" if chosen else None, **style)
+        key.text(0.08, top - 0.45 * step, told, fontsize=8, **style)
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); give another place for the picture") from None
+
+
+def _words(profile: Profile, among: Sequence[Measured]) -> str:
+    """A profile by the settings in which those `among` which it stands differ."""
+    records = [one.profile.record() for one in among]
+    told = {name: value for name, value in profile.record().items() if len({record[name] for record in records}) > 1}
+    words = []
+    if "ranker_blocks" in told:
+        blocks = told.pop("ranker_blocks")
+        candidates = told.pop("candidates", profile.serving.candidates)
+        words.append(f"{candidates} × {blocks} ranker blocks" if blocks else "as retrieved")
+    words += [f"{value} {name}" for name, value in told.items()]
+    return " · ".join(words) or "as it is"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from below `low` to above `high`, about evenly on a log scale."""
+    steps = (1, 2, 5) if high / low > 5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    tens = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    return [float(f"{step * 10.0**ten:g}") for ten in tens for step in steps if low / 1.12 <= step * 10.0**ten <= high * 1.12]

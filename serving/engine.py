@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import MANIFEST, Directory, open_directory
@@ -235,19 +236,37 @@ class Recommender:
             vectors_BCE = self.scan.vectors_VE[lines_BC.where(some_BC, 0)]
         states_BE, look = self._read(histories, now)
         scores_BC = _score(states_BE, vectors_BCE)
-        if look is not None and self.ranker is not None:
-            named = candidates(self.serving, self.ranker, self.ranker_blocks, 1)
-            rows_BN, best_BN = find(self.searcher, self.scan, states_BE, named, histories, self.live_V)
-            columns = []
-            for row_B1, score_B1 in zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True):
-                hit_BN = rows_BN == row_B1
-                place_B1 = torch.where(hit_BN.any(1), hit_BN.byte().argmax(1), named - 1)[
-                    :, None
-                ]  # else in the place of the last
-                ranked_BN = self._rank(rows_BN.scatter(1, place_B1, row_B1), best_BN.scatter(1, place_B1, score_B1), look)
-                columns.append(ranked_BN.gather(1, place_B1))
-            scores_BC = torch.cat(columns, 1)
+        if look is not None:
+            columns = zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True)
+            beside = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
+            placed = [_placed(*beside, *column) for column in columns]
+            scores_BC = torch.cat([self._rank(rows, scores, look).gather(1, place) for rows, scores, place in placed], 1)
         return scores_BC.masked_fill(~some_BC, -torch.inf).cpu()
+
+    @torch.inference_mode()
+    def looked_at(self, history: Batch, row: int, now: int | Tensor | None = None) -> Tensor | None:
+        """How the ranker draws from the events of one history for an item, the mean over blocks and heads, oldest first.
+
+        None where no ranker is served.
+        """
+        history, now = self._as_of(history, now)
+        states_1E, look = self._read(history, now)
+        if look is None or self.ranker is None:
+            return None
+        row_11 = torch.tensor([[row]], device=states_1E.device)
+        beside = find(self.searcher, self.scan, states_1E, self._named, history, self.live_V)
+        score_11 = _score(states_1E, self.scan.vectors_VE[row_11 - FIRST_ITEM])
+        rows_1N, scores_1N, place_11 = _placed(*beside, row_11, score_11)
+        kept: list[Tensor] = []
+        rank(self.ranker, self.ranker_blocks, self.known, rows_1N, scores_1N, look, kept)
+        shares_S = torch.cat(kept)[:, :, place_11[0, 0]].mean((0, 1))
+        events = len(self.model.readable(history).values)
+        return pad(shares_S[:events].flip(0), (max(0, events - len(shares_S)), 0))
+
+    @property
+    def _named(self) -> int:
+        """Candidates of a request whose list is short."""
+        return candidates(self.serving, self.ranker, self.ranker_blocks, 1, beside=True)
 
     @torch.inference_mode()
     def candidates(self, histories: Batch, now: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -257,8 +276,7 @@ class Recommender:
         """
         histories, now = self._as_of(histories, now)
         states_BE, look = self._read(histories, now)
-        named = candidates(self.serving, self.ranker, self.ranker_blocks, 1, beside=True)
-        rows_BN, scores_BN = find(self.searcher, self.scan, states_BE, named, histories, self.live_V)
+        rows_BN, scores_BN = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
         return rows_BN, self._rank(rows_BN, scores_BN, look)
 
     def _rank(self, rows_BN: Tensor, scores_BN: Tensor, look: Look | None) -> Tensor:
@@ -417,6 +435,13 @@ def _search(
         part = None if hidden is None else _take(hidden, rest)
         rows_BK[rest], scores_BK[rest] = _search(again, scan, states_BE[rest], part, k, more, allowed_V)
     return rows_BK, scores_BK
+
+
+def _placed(rows_BN: Tensor, scores_BN: Tensor, row_B1: Tensor, score_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates with an item among them, in the place of the last where it was not: rows, scores, and its place B × 1."""
+    hit_BN = rows_BN == row_B1
+    place_B1 = torch.where(hit_BN.any(1), hit_BN.byte().argmax(1), hit_BN.shape[1] - 1)[:, None]
+    return rows_BN.scatter(1, place_B1, row_B1), scores_BN.scatter(1, place_B1, score_B1), place_B1
 
 
 def _score(states_BE: Tensor, vectors_BCE: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What carried a recommendation: the attention and the drop of each event and word, and how true either is.
 
-The *attention* of an event is its share of what the last state draws from; its *drop* is how much the item's score falls
+The *attention* of an event is its share of what the last state draws from, or where a ranker is served of what the item draws
+from; its *drop* is how much the item's score falls
 without it. A drop is true of its event by definition, attention need not be. Either is tested by leaving several events out
 together: does the sum of their attentions, or of their drops, tell how far the score falls (the linear datamodeling score, Park
 et al. 2023)?
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.content import ENCODER, ContentEncoder, Described
@@ -185,6 +187,9 @@ def _measure(recommender: Recommender, read: Batch, row: int, now: int | None, g
     events, asked = len(read.values), None if now is None else torch.tensor([now], device=read.values.device)
     weights_LHSS = torch.cat(recommender.model.attention(read, asked, recommender.leave))
     shares_S = weights_LHSS[:, :, -1].double().mean((0, 1))
+    looked_T = recommender.looked_at(read, row, now)
+    if looked_T is not None:  # the ranker decides the score, and looks anew for each item
+        shares_S = pad(looked_T.double(), (0, len(shares_S) - events))
     shares_S = shares_S / shares_S.sum().clamp(min=1e-12)  # of the layers that the history went through
     groups_GT = _groups(events, generator)
     out = torch.cat([torch.zeros(1, events, dtype=torch.bool), torch.eye(events, dtype=torch.bool), groups_GT])

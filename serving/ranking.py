@@ -68,12 +68,23 @@ def candidates(settings: ServingSettings, ranker: Ranker | None, blocks: int, k:
     return -(-max(k, wanted) // STEP) * STEP
 
 
-def rank(ranker: Ranker, blocks: int, known: Known, rows_BN: Tensor, scores_BN: Tensor, look: Look) -> Tensor:
-    """The ranker's scores of candidates from those of retrieval, shape B × N; -inf where there is none."""
+def rank(
+    ranker: Ranker,
+    blocks: int,
+    known: Known,
+    rows_BN: Tensor,
+    scores_BN: Tensor,
+    look: Look,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
+    """The ranker's scores of candidates from those of retrieval, shape B × N; -inf where there is none.
+
+    Attention weights of each block are added to `kept`, as Ranker.forward has them.
+    """
     none_BN = rows_BN == PADDING
     ranks_BN = (scores_BN[:, None] > scores_BN[:, :, None]).sum(2) + 1
     lowest_B1 = scores_BN.masked_fill(none_BN, torch.inf).amin(1, keepdim=True)
-    out_BN = ranker(known, rows_BN, scores_BN.where(~none_BN, lowest_B1), ranks_BN, look, depth=blocks)[-1]
+    out_BN = ranker(known, rows_BN, scores_BN.where(~none_BN, lowest_B1), ranks_BN, look, depth=blocks, kept=kept)[-1]
     ranked_BN: Tensor = out_BN.masked_fill(none_BN, -torch.inf)
     return ranked_BN
 

@@ -52,6 +52,8 @@ class RankingSettings(Settings):
     """Candidates of a request drawn from the best that retrieval names, as many as ranker.candidates."""
     uniform: int = 16
     """Candidates of a request drawn from all other items."""
+    noisy: bool = False
+    """Whether the model's own dropout acts on the states that are looked at, so that what it learnt by heart shows less."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW, per step."""
     weight_decay: float = 0.01
@@ -139,7 +141,7 @@ class _Lesson:
         """
         model, settings, generator = self.model, self.settings, state.generator
         with torch.no_grad():
-            states_BTE, view = model.read_all(batch.history, batch.asked)
+            states_BTE, view = model.read_all(batch.history, batch.asked, generator if settings.noisy else None)
         chosen = draw(batch, settings.requests, generator)
         places = batch.places[chosen]
         owners_P = batch.history.owners[places]

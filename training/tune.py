@@ -19,6 +19,7 @@ from features.dataset import Dataset
 from recsys.bundle import write_file
 from recsys.config import Recipe
 from recsys.errors import DataError, RecsysError, SetupError
+from recsys.ranker import RankerSettings
 from recsys.tracking import Tracking
 from training.loop import Observation, TrainSettings
 from training.run import DECISIVE, run_key, train
@@ -191,7 +192,8 @@ def _try(job: _Job, trial: optuna.Trial) -> Trial:
         else:
             chosen = with_values(job.recipe, values)
             decided = {owner.section: chosen.read(owner).as_dict() for owner in DECISIVE}
-            recipe, run = {**job.resolved, **decided}, job.runs / str(trial.number)
+            unranked = {RankerSettings.section: RankerSettings().as_dict()}  # trials are of the sequence model alone
+            recipe, run = {**job.resolved, **decided, **unranked}, job.runs / str(trial.number)
             model = train(job.dataset, recipe, run, name=chosen.name, device=job.device, tracking=child, observe=watch)
             value = model.manifest["quality"]["validation"][METRIC]
     except optuna.TrialPruned:
