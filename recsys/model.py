@@ -241,11 +241,11 @@ class SequenceModel(nn.Module):
         out_BTE[going_B] = self.norm(x_BTE)
         return out_BTE * some_B[:, None, None], whole
 
-    def read_all(self, batch: Batch, asked: Tensor | None, generator: torch.Generator | None = None) -> tuple[Tensor, View]:
+    def read_all(self, batch: Batch, asked: Tensor | None) -> tuple[Tensor, View]:
         """`read` where each state is asked for at its own time, seconds, shape N, as in training; of a causal model."""
-        x_BTE, view = self._embed(batch, generator, asked, None)
+        x_BTE, view = self._embed(batch, None, asked, None)
         for depth, block in enumerate(self._depth()):
-            x_BTE = self._through(depth, block, x_BTE, view, generator)
+            x_BTE = self._through(depth, block, x_BTE, view)
         return self.norm(x_BTE), view
 
     def readable(self, batch: Batch) -> Batch:

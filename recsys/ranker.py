@@ -7,6 +7,7 @@ V items · K companions of an item · L tokens of an item · U users
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,9 +44,9 @@ class RankerSettings(Settings):
     """Width inside a block's feed-forward layer."""
     span: int = 48
     """Events of a history that a candidate looks at, counted from the last; a multiple of 16."""
-    companions: int = 128
+    companions: int = 64
     """Items that the same users had, kept for each item: evidence between a candidate and each event; 0: none."""
-    ids: bool = True
+    ids: bool = False
     """Whether the ranker has item embeddings of its own beside the model's vectors."""
     text: bool = False
     """Whether a candidate is also the tokens of its text, drawn together by the user's state; needs model.text."""
@@ -139,6 +140,12 @@ class Known:
     """How many items, the first ones, have training events."""
     content: ItemContent | None = None
 
+    @cached_property
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the logs of learnt items."""
+        learnt = self.logs_V[: self.learnt]
+        return learnt.mean(), learnt.std(correction=0).clamp(min=1e-6)
+
     def logs(self, rows: Tensor) -> Tensor:
         """Of item rows; shape kept."""
         return self.logs_V[(rows - FIRST_ITEM).clamp(0, len(self.logs_V) - 1)]
@@ -153,8 +160,8 @@ class Known:
         """What retrieval and popularity say of candidates, shape B × N × 3: score below the best, log of the rank, and log
         popularity in deviations from the mean of learnt items.
         """
-        learnt = self.logs_V[: self.learnt]
-        popularity_BN = (self.logs(rows_BN) - learnt.mean()) / learnt.std(correction=0).clamp(min=1e-6)
+        mean, deviation = self._spread
+        popularity_BN = (self.logs(rows_BN) - mean) / deviation
         return torch.stack([scores_BN - scores_BN.amax(1, keepdim=True), ranks_BN.float().log(), popularity_BN], -1)
 
 
@@ -359,13 +366,14 @@ class Ranker(nn.Module):
         count, events = rows_BN.shape[1], events_BS.shape[1]
         known_BS = events_BS.where(events_BS < len(self.rows_RK), PADDING)
         wanted_BM, cosine_BM = self.rows_RK[known_BS].flatten(1), self.cosines_RK[known_BS].flatten(1)
-        ordered_BN, order_BN = rows_BN.int().sort(dim=1, stable=True)
+        ordered_BN = rows_BN.int().sort(dim=1).values
         place_BM = torch.searchsorted(ordered_BN, wanted_BM).clamp_(max=count - 1)
         hit_BM = (ordered_BN.gather(1, place_BM) == wanted_BM) & (wanted_BM != PADDING)
         at_M = torch.arange(events, device=rows_BN.device).repeat_interleave(self.rows_RK.shape[1])
         flat = cosine_BM.new_zeros(len(rows_BN), count * events)
-        flat.scatter_add_(1, order_BN.gather(1, place_BM) * events + at_M, cosine_BM * hit_BM)
-        near_BNS = flat.view(-1, count, events)
+        flat.scatter_add_(1, place_BM * events + at_M, cosine_BM * hit_BM)
+        first_BN = torch.searchsorted(ordered_BN, rows_BN.int())  # of a candidate that is named twice, one place for both
+        near_BNS = flat.view(-1, count, events).gather(1, first_BN[..., None].expand(-1, -1, events))
         if own_B is not None:
             line_B = torch.arange(len(rows_BN), device=rows_BN.device)
             both_BS = self._users(rows_BN[line_B, own_B])[:, None] * self._users(events_BS)

@@ -124,7 +124,8 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str = 
 
 def top_table(answer: Mapping[str, Any]) -> None:
     """The items of an answer, best first."""
-    items = [{key: item[key] for key in ("rank", "item_id", "title", "score")} for item in answer["items"]]
+    names = ("rank", "item_id", "title", "score", "probability")
+    items = [{key: item[key] for key in names if key in item} for item in answer["items"]]
     records_table(items, title=f"bundle {answer['bundle']}, source: {answer['source']}")
 
 

@@ -79,7 +79,7 @@ class Recommended(BaseModel):
     item_id: ItemId
     title: str
     score: float
-    probability: float | None = Field(None, description="That it is the next item, if one of the candidates is.")
+    probability: float | None = Field(None, description="That it is the next item, as often as on validation.")
 
 
 class Answer(BaseModel):

@@ -112,11 +112,11 @@ class Profile:
         return bool(self.serving.ranker_blocks)
 
     def record(self) -> dict[str, Any]:
-        """The settings by name; `blocks` is "all" or a number, candidates are None where they are not ranked."""
+        """The settings by name; `depth` is "all" or blocks of the model, candidates are None where they are not ranked."""
         looks = {self.looks: getattr(self.index, self.looks)} if self.looks else {}
         candidates = self.serving.candidates if self.ranked else None
-        blocks = round(self.depth.blocks, 2) or "all"
-        return {"candidates": candidates, "ranker_blocks": self.serving.ranker_blocks, "blocks": blocks, **looks}
+        depth = round(self.depth.blocks, 2) or "all"
+        return {"candidates": candidates, "ranker_blocks": self.serving.ranker_blocks, "depth": depth, **looks}
 
     def recipe(self) -> dict[str, dict[str, Any]]:
         """The sections of a recipe."""
@@ -384,22 +384,31 @@ def draw(found: Found, path: Path) -> None:
     budget, line = found.budget, found.frontier
     name, hour = ("p99_ms" if budget.price is None else "mean_ms"), budget.core_hour or 0.0
     limit = budget.limit if budget.price is None else budget.limit * 3.6 / hour
-    figure = Figure(figsize=(10.5, max(4.8, 1.4 + 0.52 * len(line))), layout="constrained")
-    panel, key = figure.subplots(1, 2, width_ratios=[2.1, 1])
+    figure = Figure(figsize=(12, max(5.2, 1.2 + 0.4 * len(line))), layout="constrained")
+    panel, key = figure.subplots(1, 2, width_ratios=[1.7, 1])
     costs, worths = [getattr(one.timed, name) for one in found.measured], [one.ndcg for one in found.measured]
     panel.set_xscale("log")
     panel.scatter(costs, worths, s=30, color="#b9c4cf", label="profiles", zorder=2)
     at = [getattr(one.timed, name) for one in line], [one.ndcg for one in line]
     panel.plot(*at, color="#4c78a8", marker="o", markersize=6, label="frontier", zorder=3)
-    panel.axvline(limit, color="#e4572e", linestyle="--", linewidth=1.2, label="budget", zorder=1)
+    ends = [min(costs), max(costs)]
+    if ends[0] / 5 <= limit <= ends[1] * 5:  # else the profiles would be pressed together
+        ends = [min(ends[0], limit), max(ends[1], limit)]
+        panel.axvline(limit, color="#e4572e", linestyle="--", linewidth=1.2, label="budget", zorder=1)
     mark = {"facecolors": "none", "edgecolors": "#e4572e", "linewidths": 1.8}
     panel.scatter(getattr(found.chosen.timed, name), found.chosen.ndcg, s=150, label="chosen", zorder=4, **mark)
+    left, before, spread_out = 0, -1.0, max(worths) - min(worths)
     for number, (cost, worth) in enumerate(zip(*at, strict=True), 1):
-        panel.annotate(str(number), (cost, worth), (-7, 6), textcoords="offset points", ha="right", fontsize=9, weight="bold")
+        left = left + 1 if worth - before < 0.02 * spread_out else 0  # else its number would stand on that of the one before
+        panel.annotate(
+            str(number), (cost, worth), (-6 - 15 * left, 5), textcoords="offset points", ha="right", fontsize=8, weight="bold"
+        )
+        before = worth
     panel.set_xlabel(f"milliseconds of an answer, {'99 of 100 within' if budget.price is None else 'mean'} (one thread)")
     panel.set_ylabel(f"NDCG@{K}, {found.users:,} users of the validation split")
-    ticks = _ticks(min(*costs, limit), max(*costs, limit))
-    panel.set_xlim(min(*costs, limit) / 1.12, max(*costs, limit) * 1.12)
+    low, high = ends[0] / 1.12, ends[1] * 1.12
+    ticks = _ticks(low, high)
+    panel.set_xlim(low, high)
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.margins(y=0.12)
@@ -409,20 +418,21 @@ def draw(found: Found, path: Path) -> None:
     panel.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.9, edgecolor="0.9")
     if budget.price is not None:
         above = panel.secondary_xaxis("top", functions=(lambda ms: ms / 3.6 * hour, lambda price: price * 3.6 / hour))
-        above.set_xticks([tick / 3.6 * hour for tick in ticks], [f"{tick / 3.6 * hour:.2g}" for tick in ticks])
+        prices = _ticks(low / 3.6 * hour, high / 3.6 * hour)
+        above.set_xticks(prices, [f"{tick:g}" for tick in prices])
         above.minorticks_off()
         above.set_xlabel(f"price of a million answers, at {hour:g} a core-hour")
     key.set_axis_off()
-    step = 1 / max(len(line), 8)
+    step = 1 / max(len(line), 10)
     for number, one in enumerate(line, 1):
         chosen, top = one is found.chosen, 1 - (number - 1) * step
-        told = f"NDCG@{K} {one.ndcg:.{DIGITS}f} · {getattr(one.timed, name):.3g} ms"
+        told = f"NDCG@{K} {one.ndcg:.{DIGITS}f} · {getattr(one.timed, name):.2f} ms"
         price = budget.priced(one.timed)
         told += "" if price is None else f" · {price:.3g} a million"
         style = {"transform": key.transAxes, "va": "top", "color": "#c23c17" if chosen else "0.15"}
-        key.text(0, top, str(number), fontsize=9, weight="bold", **style)
-        key.text(0.08, top, _words(one.profile, found.measured), fontsize=9, weight="bold" if chosen else None, **style)
-        key.text(0.08, top - 0.45 * step, told, fontsize=8, **style)
+        key.text(0, top, str(number), fontsize=8.5, weight="bold", **style)
+        key.text(0.06, top, _words(one.profile, found.measured), fontsize=8.5, weight="bold" if chosen else None, **style)
+        key.text(0.06, top - 0.45 * step, told, fontsize=7.5, **style)
     try:
         figure.savefig(path, dpi=110, format="png")
     except OSError as error:
@@ -437,13 +447,15 @@ def _words(profile: Profile, among: Sequence[Measured]) -> str:
     if "ranker_blocks" in told:
         blocks = told.pop("ranker_blocks")
         candidates = told.pop("candidates", profile.serving.candidates)
-        words.append(f"{candidates} × {blocks} ranker blocks" if blocks else "as retrieved")
-    words += [f"{value} {name}" for name, value in told.items()]
+        ranked = f"{candidates} candidates × {blocks} ranker block{'s' * (blocks > 1)}"
+        words.append(ranked if blocks else "as retrieved")
+    words += [f"{name} {value}" for name, value in told.items()]
     return " · ".join(words) or "as it is"
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, about evenly on a log scale."""
-    steps = (1, 2, 5) if high / low > 5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    """Round numbers from `low` to `high`, about evenly on a log scale."""
+    coarse, fine = (1, 2, 5), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    steps = coarse if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 6, 8) if high / low > 3 else fine
     tens = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    return [float(f"{step * 10.0**ten:g}") for ten in tens for step in steps if low / 1.12 <= step * 10.0**ten <= high * 1.12]
+    return [float(f"{step * 10.0**ten:g}") for ten in tens for step in steps if low <= step * 10.0**ten <= high]

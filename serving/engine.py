@@ -1,6 +1,6 @@
-"""Recommendations from a run or a bundle: history → state → candidates → filters → exact scores → list.
+"""Recommendations from a run or a bundle: history → state → candidates → filters → exact scores → ranker → list.
 
-Parity: a history's list is the same alone, in any batch, online and at night, bit for bit. Three things make it so.
+Parity: a history's list is the same alone, in any batch, online and at night, bit for bit. Four things make it so.
 *Encoding*: torch's CPU kernels give a history the same state in any company if it is padded to a length that depends on it
 alone and is a multiple of 16; padded to the longest of its batch, two of three states change in the last bits (1e-6), and
 with them the order of close items. Measured in float32 with widths of 24 to 512, batches of 1 to 32, 1 and 2 threads, on
@@ -8,6 +8,8 @@ AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events 
 *Search*: an index only names candidates, and how many it is asked for depends on the request and the history alone; so does
 whether the events of a long history are left out by the search or afterwards.
 *Scores*: candidates that rounding could have put in or out are scored again, in float64, each product by itself.
+*Ranking*: candidates and looked-at events are padded to multiples of 16 as well, whatever the history, and sums over a width that
+end in one number are no matrix products.
 
 B histories · E width · V items · n, C candidates · k places of a list
 """
@@ -185,9 +187,9 @@ class Recommender:
         `now` is when they are asked for, in seconds since 1970, for all or for each: later events are left out, and a model
         that reads the time of requests needs it. `deny` and `allow` are item rows, `where` conditions that items must meet, as
         serving.filters.Attributes has them, `diversity` and `popularity` those of ServingSettings (default: the bundle's).
-        With `probabilities` the lists hold them: that an item is the next one, if a candidate is.
-        Raises RequestError: k below 1, a diversity of none, probabilities of a bundle without a calibration, no `now` where
-        the model reads it, or a condition that cannot be.
+        With `probabilities` the lists hold them: how probable it is that an item is the next one of all.
+        Raises RequestError: k below 1, a diversity or popularity that is none, probabilities of a bundle without a calibration,
+        no `now` where the model reads it, or a condition that cannot be.
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")

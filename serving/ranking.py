@@ -5,6 +5,7 @@ B histories · N candidates · E width · V items · k places of a list
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,9 +48,11 @@ class ServingSettings(Settings):
             raise ValueError(f"ranker_blocks must be at least 0, or -1 for the best, found {self.ranker_blocks}")
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity must be from 0 to 1, found {self.diversity}")
+        if not math.isfinite(self.popularity):
+            raise ValueError(f"popularity must be a number, found {self.popularity}")
 
     def asked(self, diversity: float | None, popularity: float | None) -> ServingSettings:
-        """With what a request says. Raises RequestError: a diversity of none."""
+        """With what a request says. Raises RequestError: a diversity or popularity that is none."""
         try:
             return replace(
                 self,
@@ -94,7 +97,7 @@ def listed(rows_BN: Tensor, scores_BN: Tensor, known: Known, settings: ServingSe
 
     Maximal marginal relevance (Carbonell & Goldstein 1998): each place goes to the largest
     (1 - diversity) × relevance - diversity × similarity, relevance being the score's place between the lowest and the highest
-    candidate, similarity the largest cosine with an item already listed.
+    candidate, similarity the largest cosine with an item already listed; the first place goes to the largest relevance.
     """
     worth_BN = scores_BN
     if settings.popularity:
@@ -110,7 +113,7 @@ def listed(rows_BN: Tensor, scores_BN: Tensor, known: Known, settings: ServingSe
     lines_B = torch.arange(len(rows_BN), device=rows_BN.device)
     alike_BN, out = torch.full_like(relevance_BN, -1.0), []
     for _ in range(min(k, rows_BN.shape[1])):
-        value_BN = (1 - settings.diversity) * relevance_BN - settings.diversity * alike_BN
+        value_BN = (1 - settings.diversity) * relevance_BN - settings.diversity * alike_BN if out else relevance_BN
         value_BN = value_BN.masked_fill(relevance_BN == -torch.inf, -torch.inf)
         row_B1, _ = best(rows_BN, value_BN.float(), 1)
         place_B = (rows_BN == row_B1).byte().argmax(1)

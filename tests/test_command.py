@@ -1,6 +1,7 @@
 """The command tells the user's mistakes in one line and leaves with 2; every verb has help with an example."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from recsys import __main__ as command
 from recsys.terminal import records_table
+from serving.engine import Recommender
 
 
 def raw(world: Path, folder: Path, **columns: pl.Expr) -> Path:
@@ -450,3 +452,29 @@ def test_every_verb_has_help_with_an_example(verb, run, capsys):
 def test_the_module_runs_as_the_command_does():
     out = subprocess.run([sys.executable, "-m", "recsys", "--version"], capture_output=True, text=True, check=True).stdout
     assert out.strip() == command.__version__
+
+
+def test_recommend_takes_diversity_and_popularity_and_shows_probabilities(world, run, capsys):
+    recommender = Recommender.load(world / "bundle")
+    history = [str(item_id) for item_id in recommender.catalogue.items["item_id"][:3].to_list()]
+    options = ["--diversity", "0.5", "--popularity", "0.2", "--probabilities"]
+    words = ["recommend", world / "bundle", "--history", *history]
+    capsys.readouterr()
+    assert run(*words, *options, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == recommender.answer(history, diversity=0.5, popularity=0.2, probabilities=True)
+    assert answer["items"] != recommender.answer(history, probabilities=True)["items"]
+    assert run(*words, *options) == 0
+    shown = capsys.readouterr().out
+    for item in answer["items"]:
+        assert re.search(rf"{item['score']:.4f}\b.*\b{item['probability']:.4f}\b", shown)
+    assert "probability" in shown
+    assert run(*words) == 0
+    assert "probability" not in capsys.readouterr().out
+    for wrong in (["--diversity", "2"], ["--diversity", "nan"], ["--popularity", "nan"], ["--popularity", "inf"]):
+        assert run(*words, *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"recsys: {wrong[0].removeprefix('--')} must be")
+        assert error.count("\n") == 1
+    assert run("recommend", world / "run", "--history", *history, "--probabilities") == 2
+    assert "not calibrated; export it with --dataset" in capsys.readouterr().err

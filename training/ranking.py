@@ -19,7 +19,7 @@ from recsys.batch import FIRST_ITEM, Sequences, gather
 from recsys.config import Settings
 from recsys.errors import RecipeError
 from recsys.metrics import MISSED, measure
-from recsys.model import SequenceModel
+from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import Companions, Known, Look, Ranker, RankerSettings
 from training.data import EpochBatches, TrainingBatch
 from training.loop import Observation, Schedule, State, run
@@ -47,13 +47,11 @@ class RankingSettings(Settings):
     patience: int = 2
     """Epochs without a better NDCG@10 on validation after which learning stops."""
     requests: int = 16
-    """Events of a history, drawn anew each epoch, that are to be ranked first; those before them are what is read."""
+    """Last events of a history that are to be ranked first; drawn from all of it they are farther from what serving asks."""
     hard: int = 24
     """Candidates of a request drawn from the best that retrieval names, as many as ranker.candidates."""
     uniform: int = 16
     """Candidates of a request drawn from all other items."""
-    noisy: bool = False
-    """Whether the model's own dropout acts on the states that are looked at, so that what it learnt by heart shows less."""
     learning_rate: float = 2e-3
     """Peak rate of AdamW, per step."""
     weight_decay: float = 0.01
@@ -83,12 +81,9 @@ def fit_ranker(
     """Learn to rank what the trained model retrieves; the model itself stays as it is. With the ranker comes its curve.
 
     `events` are the training events of each item that the model has a vector for. Goes on where `checkpoint` exists, as
-    `training.loop.fit`. Raises RecipeError: the model is not causal.
+    `training.loop.fit`. Raises RecipeError: as refuse_ranker.
     """
-    if model.settings.objective != "causal":
-        raise RecipeError('the ranker reads the states of every event: set model.objective to "causal", or ranker.blocks to 0')
-    if settings.text and model.content is None:
-        raise RecipeError("ranker.text is set and model.text is none; set both, or neither")
+    refuse_ranker(model.settings, settings)
     device = model.table.weight.device
     learnable = sequences.learnable(model.items)
     companions = Companions.of(learnable, model.items, settings.companions) if settings.companions else None
@@ -102,7 +97,7 @@ def fit_ranker(
     lesson = _Lesson(model, known, Owned(learnable, device), learning)
 
     def batches(epoch: int) -> EpochBatches:
-        return EpochBatches(learnable, model.settings.length, TOKENS, seed + 1, epoch, "all")
+        return EpochBatches(learnable, model.settings.length, TOKENS, seed + 1, epoch)
 
     def judge() -> dict[str, float]:
         curve = ranker_curve(model, ranker, known, sequences)
@@ -123,6 +118,14 @@ def fit_ranker(
     return state, companions, ranker_curve(model, ranker, known, sequences, len(sequences.train_end))
 
 
+def refuse_ranker(model: ModelSettings, ranker: RankerSettings) -> None:
+    """Raises RecipeError: a ranker that such a model cannot have."""
+    if model.objective != "causal":
+        raise RecipeError('the ranker reads the states of every event: set model.objective to "causal", or ranker.blocks to 0')
+    if ranker.text and model.text == "none":
+        raise RecipeError("ranker.text is set and model.text is none; set both, or neither")
+
+
 @dataclass(frozen=True)
 class _Lesson:
     """What a step needs besides its batch."""
@@ -141,8 +144,8 @@ class _Lesson:
         """
         model, settings, generator = self.model, self.settings, state.generator
         with torch.no_grad():
-            states_BTE, view = model.read_all(batch.history, batch.asked, generator if settings.noisy else None)
-        chosen = draw(batch, settings.requests, generator)
+            states_BTE, view = model.read_all(batch.history, batch.asked)
+        chosen = latest(batch, settings.requests)
         places = batch.places[chosen]
         owners_P = batch.history.owners[places]
         ends_P = places - batch.history.offsets[owners_P]
@@ -185,23 +188,21 @@ class _Lesson:
         others = torch.randint(learnt, (len(best), uniform), generator=generator, device=device) + FIRST_ITEM
         wrong = self.owned.hit(users_P, others) | (others[:, :, None] == best[:, None]).any(2)
         infinite = torch.isinf(scores.gather(1, drawn))  # fewer than so many are left that the user never had
-        odds = [
+        odds = [  # the others are drawn of all items, and those among the best count as none
             torch.zeros_like(own),
             torch.full(drawn.shape, math.log(size / drawn.shape[1]), device=device).masked_fill(infinite, -torch.inf),
-            torch.full(others.shape, math.log(max(1, learnt - size) / max(1, uniform)), device=device),
+            torch.full(others.shape, math.log(learnt / max(1, uniform)), device=device).masked_fill(wrong, -torch.inf),
         ]
-        odds[2] = odds[2].masked_fill(wrong, -torch.inf)
-        ranks = torch.cat([target_rank, drawn + 1, torch.full_like(others, size + 1)], 1)
+        drawn_ranks = drawn + 1 + (scores.gather(1, drawn) < own)  # the target is a candidate too
+        ranks = torch.cat([target_rank, drawn_ranks, torch.full_like(others, size + 1)], 1)
         return torch.cat([targets_P[:, None], best.gather(1, drawn), others], 1), ranks, torch.cat(odds, 1)
 
 
-def draw(batch: TrainingBatch, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` of the judged places of each history, each as likely as any other: indices, ascending."""
+def latest(batch: TrainingBatch, count: int) -> Tensor:
+    """The last `count` judged places of each history, all where there are fewer: indices, ascending."""
     owners_P = batch.history.owners[batch.places]
-    order = torch.rand(len(owners_P), generator=generator, device=owners_P.device).argsort()
-    order = order[owners_P[order].argsort(stable=True)]
-    place = torch.arange(len(order), device=order.device) - torch.searchsorted(owners_P[order], owners_P[order])
-    chosen: Tensor = order[place < count].sort().values
+    behind_P = torch.searchsorted(owners_P, owners_P, right=True) - torch.arange(len(owners_P), device=owners_P.device)
+    chosen: Tensor = (behind_P <= count).nonzero().flatten()
     return chosen
 
 

@@ -29,7 +29,7 @@ from recsys.tracking import Tracking
 from training.loop import Observation, TrainSettings, fit
 from training.losses import LossSettings
 from training.optimizer import OptimizerSettings
-from training.ranking import RankingSettings, fit_ranker
+from training.ranking import RankingSettings, fit_ranker, refuse_ranker
 from training.validate import depth_curve
 
 MODEL = "model"
@@ -64,8 +64,11 @@ def train(
     key = run_key(recipe, digest)
     if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
         raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
+    if recipe.get(RankerSettings.section, {}).get("blocks"):
+        refuse_ranker(ModelSettings(**recipe[ModelSettings.section]), RankerSettings(**recipe[RankerSettings.section]))
     if _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file():
         return open_directory(out / MODEL)
+    taken = None if base is None else _taken(base, dataset, recipe, device)  # refused before anything is written
     with tracking.run(out.name):
         tracking.settings_of(recipe)
         tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
@@ -85,10 +88,7 @@ def train(
             observe(observation)
 
         on = f"{key} on {device.type}"
-        if base is None:
-            learnt = _learn(dataset, recipe, device, out / CHECKPOINT, on, watch, progress)
-        else:
-            learnt = _taken(base, dataset, recipe, device)
+        learnt = taken or _learn(dataset, recipe, device, out / CHECKPOINT, on, watch, progress)
         if recipe.get(RankerSettings.section, {}).get("blocks"):
             _rank(learnt, dataset, recipe, out / RANKER_CHECKPOINT, on, watch)
         write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in learnt.curve).encode())

@@ -19,11 +19,14 @@ from features.synthetic import SyntheticSettings, write
 from recsys.bundle import Directory, open_directory
 from recsys.config import Recipe
 from recsys.content import Content, ContentEncoder
-from recsys.errors import BundleError, RecsysError
+from recsys.errors import BundleError, RecipeError, RecsysError
 from recsys.model import WEIGHTS, ModelSettings, SequenceModel, model_from
+from recsys.ranker import COMPANIONS, RANKER, Known, RankerSettings, ranker_from
 from recsys.text import TextSettings, words_of
 from recsys.tracking import OFF, Tracking, TrackingSettings
-from training.run import DECISIVE, read_content, run_key, train
+from training.loop import Observation
+from training.ranking import RankingSettings, ranker_curve
+from training.run import CHECKPOINT, DECISIVE, RANKER_CHECKPOINT, read_content, run_key, train
 from training.validate import validate
 
 SETTINGS = [
@@ -243,3 +246,167 @@ def test_kill_9_and_the_same_command_again_end_with_the_weights_of_an_undisturbe
     calm, resumed = (load_file(tmp_path / name / "model" / "weights.safetensors") for name in ("calm", "killed"))
     assert all(torch.equal(calm[name], resumed[name]) for name in calm)
     assert (tmp_path / "calm" / "curve.jsonl").read_bytes() == (tmp_path / "killed" / "curve.jsonl").read_bytes()
+
+
+RANKER_SETTINGS = RankerSettings(blocks=1, width=14, heads=2, hidden_size=19, span=16, companions=7, candidates=41)
+RANKING_SETTINGS = RankingSettings(epochs=2, requests=3, hard=11, uniform=5)
+
+
+def ranked_recipe(**changes):
+    """The recipe above with a ranker, but for changes of its sections."""
+    sections = recipe() | {"ranker": RANKER_SETTINGS.as_dict(), "ranking": RANKING_SETTINGS.as_dict()}
+    return sections | {section: sections.get(section, {}) | values for section, values in changes.items()}
+
+
+def run_ranked(dataset, out, base=None, observe=lambda observation: None, **changes):
+    tracking = Tracking(TrackingSettings(uri=OFF))
+    arguments = {"name": "small", "device": torch.device("cpu"), "tracking": tracking, "base": base, "observe": observe}
+    return train(dataset, ranked_recipe(**changes), out, **arguments)
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory) -> Path:
+    """A finished run without a ranker."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    run(dataset, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranked(dataset, tmp_path_factory) -> Path:
+    """A finished run with one."""
+    out = tmp_path_factory.mktemp("ranked") / "run"
+    run_ranked(dataset, out)
+    return out
+
+
+def test_a_run_with_a_ranker_publishes_it_beside_the_model_of_a_run_without(dataset, alone, ranked):
+    plain, directory = open_directory(alone / "model"), open_directory(ranked / "model")
+    assert set(directory.manifest["files"]) == {*plain.manifest["files"], RANKER, COMPANIONS}
+    assert directory.manifest["files"][WEIGHTS] == plain.manifest["files"][WEIGHTS]
+    assert directory.manifest["quality"] == plain.manifest["quality"]
+    assert {file.name for file in ranked.iterdir()} == {"model", "run.json", "curve.jsonl"}
+    model = model_from(directory)
+    ranker, told = ranker_from(directory, model), directory.manifest["ranker"]
+    assert told["parameters"] == sum(weight.numel() for weight in ranker.parameters())
+    known = Known(model.item_vectors(), torch.tensor(dataset.items["events"].to_numpy()).float().log1p(), model.items)
+    assert told["curve"] == ranker_curve(model, ranker, known, dataset.sequences)
+    assert [line["blocks"] for line in told["curve"]] == [0, 1]
+    lines = [json.loads(line) for line in (ranked / "curve.jsonl").read_text().splitlines()]
+    assert [line.get("part", "model") for line in lines] == ["model"] * 2 + ["ranker"] * 2
+    own = [line for line in lines if "part" in line]
+    assert own[told["best_epoch"] - 1]["ndcg@10"] == max(line["ndcg@10"] for line in own) == told["curve"][-1]["ndcg@10"]
+    assert ranker_from(plain, model) is None
+    assert "ranker" not in plain.manifest
+
+
+def test_a_ranker_without_companions_publishes_none(dataset, alone, tmp_path):
+    published = run_ranked(dataset, tmp_path / "run", alone, ranker={"companions": 0})
+    assert RANKER in published.manifest["files"]
+    assert COMPANIONS not in published.manifest["files"]
+    assert ranker_from(published, model_from(published)).companion_weight is None
+
+
+def test_a_run_cut_off_in_its_ranker_ends_with_the_files_of_an_undisturbed_one(dataset, ranked, tmp_path):
+    def cut(observation: Observation) -> None:
+        if observation.part == "ranker" and observation.validation is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_ranked(dataset, tmp_path / "run", observe=cut)
+    assert {CHECKPOINT, "run.json"} == {file.name for file in (tmp_path / "run").iterdir()} - {RANKER_CHECKPOINT}
+    again = run_ranked(dataset, tmp_path / "run")
+    assert again.manifest["hash"] == open_directory(ranked / "model").manifest["hash"]
+    assert (tmp_path / "run" / "curve.jsonl").read_bytes() == (ranked / "curve.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("section", ["ranker", "ranking"])
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_the_settings_of_a_ranker_decide_a_run_that_has_one(section, blocks):
+    settings = RANKER_SETTINGS if section == "ranker" else RANKING_SETTINGS
+    one = ranked_recipe(ranker={"blocks": blocks})
+    names = [field.name for field in dataclasses.fields(settings) if field.name != "blocks"]
+    for name in names:
+        other = one | {section: one[section] | {name: "changed"}}
+        assert (run_key(one, "digest") == run_key(other, "digest")) == (blocks == 0)
+    assert run_key(one, "digest") != run_key(one, "another")
+    assert (run_key(one, "digest") == run_key(recipe(), "digest")) == (blocks == 0)
+
+
+def test_the_model_of_a_finished_run_is_taken_byte_for_byte_and_gets_the_ranker_of_its_own_run(
+    dataset, alone, ranked, tmp_path
+):
+    base, whole = open_directory(alone / "model"), open_directory(ranked / "model")
+    taken = run_ranked(dataset, tmp_path / "run", alone)
+    assert taken.manifest["files"][WEIGHTS] == base.manifest["files"][WEIGHTS]
+    assert taken.manifest["hash"] == whole.manifest["hash"]
+    for name in ("items", "parameters", "best_epoch", "quality", "ranker"):
+        assert taken.manifest[name] == whole.manifest[name]
+    again = run_ranked(dataset, tmp_path / "again", tmp_path / "run", ranking={"epochs": 1})
+    assert again.manifest["files"][WEIGHTS] == base.manifest["files"][WEIGHTS]
+    assert again.manifest["files"][RANKER] != taken.manifest["files"][RANKER]
+
+
+def test_the_content_of_a_model_that_is_taken_comes_with_it(dataset, tmp_path):
+    base = run(dataset, tmp_path / "base", text="both")
+    text = {"model": recipe(text="both")["model"], "text": recipe(text="both")["text"]}
+    taken = run_ranked(dataset, tmp_path / "run", tmp_path / "base", **text, ranker={"text": True})
+    for file in (WEIGHTS, "content.safetensors", "encoder.safetensors"):
+        assert taken.manifest["files"][file] == base.manifest["files"][file]
+    assert taken.manifest["items_without_text"] == base.manifest["items_without_text"]
+    assert ranker_from(taken, model_from(taken)).token_in is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"hidden_size": 13}}, "model.hidden_size is 11 there and 13 here"),
+        ({"train": {"seed": 1}}, "train.seed is 0 there and 1 here"),
+        ({"loss": {"negatives": 3}}, "loss.negatives is"),
+    ],
+    ids=str,
+)
+def test_a_model_of_other_settings_is_not_taken_and_the_mended_command_goes_on(dataset, alone, tmp_path, changes, says):
+    with pytest.raises(RecsysError, match=says) as error:
+        run_ranked(dataset, tmp_path / "run", alone, **changes)
+    assert "\n" not in str(error.value)
+    assert str(alone) in str(error.value)
+    assert run_ranked(dataset, tmp_path / "run", alone).manifest["ranker"]["best_epoch"]
+
+
+def test_a_model_of_another_data_set_or_none_is_not_taken(dataset, alone, tmp_path):
+    other = Dataset(dataset.path, dataset.manifest | {"hash": "another"})
+    with pytest.raises(RecsysError, match="another data set") as error:
+        run_ranked(other, tmp_path / "run", alone)
+    assert "\n" not in str(error.value)
+    with pytest.raises(BundleError, match=r"no manifest\.json there") as error:
+        run_ranked(dataset, tmp_path / "run", tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"model": {"objective": "masked"}}, "model.objective"), ({"ranker": {"text": True}}, "model.text is none")],
+    ids=["masked", "text"],
+)
+def test_a_ranker_that_cannot_be_is_refused_before_anything_is_learnt(dataset, tmp_path, changes, says):
+    with pytest.raises(RecipeError, match=says):
+        run_ranked(dataset, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_learns_a_ranker_for_a_finished_run(world, run, tmp_path, capsys):
+    sizes = ("ranker.blocks=1", "ranker.width=14", "ranker.span=16", "ranker.candidates=41", "ranking.epochs=1")
+    changes = [part for setting in sizes for part in ("--set", setting)]
+    words = ["train", world / "small.toml", "--dataset", world / "dataset", "--model", world / "run", *changes]
+    capsys.readouterr()
+    assert run(*words, "--out", tmp_path / "ranked") == 0
+    made, base = (open_directory(path / "model").manifest for path in (tmp_path / "ranked", world / "run"))
+    out = capsys.readouterr().out
+    assert f"with the ranker {made['ranker']['curve'][-1]['ndcg@10']:.4f}" in out
+    assert made["files"][WEIGHTS] == base["files"][WEIGHTS]
+    assert RANKER in made["files"]
+    assert run(*words, "--out", tmp_path / "other", "--set", "model.hidden_size=13") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"recsys: {world / 'run'}: model.hidden_size is 11 there and 13 here")
+    assert error.count("\n") == 1
