@@ -8,8 +8,8 @@ AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events 
 *Search*: an index only names candidates, and how many it is asked for depends on the request and the history alone; so does
 whether the events of a long history are left out by the search or afterwards.
 *Scores*: candidates that rounding could have put in or out are scored again, in float64, each product by itself.
-*Ranking*: candidates and looked-at events are padded to multiples of 16 as well, whatever the history, and sums over a width that
-end in one number are no matrix products.
+*Ranking*: candidates and looked-at events are padded to multiples of 16 as well, whatever the history, and sums over a width
+that end in one number are no matrix products.
 
 B histories · E width · V items · n, C candidates · k places of a list
 """

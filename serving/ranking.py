@@ -111,7 +111,8 @@ def listed(rows_BN: Tensor, scores_BN: Tensor, known: Known, settings: ServingSe
     relevance_BN = ((worth_BN - low_B1) / spread_B1).double().masked_fill(none_BN, -torch.inf)
     units_BNE = normalize(known.vectors(rows_BN).double(), dim=-1)
     lines_B = torch.arange(len(rows_BN), device=rows_BN.device)
-    alike_BN, out = torch.full_like(relevance_BN, -1.0), []
+    alike_BN = torch.full_like(relevance_BN, -1.0)
+    out: list[Tensor] = []
     for _ in range(min(k, rows_BN.shape[1])):
         value_BN = (1 - settings.diversity) * relevance_BN - settings.diversity * alike_BN if out else relevance_BN
         value_BN = value_BN.masked_fill(relevance_BN == -torch.inf, -torch.inf)

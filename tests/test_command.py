@@ -132,7 +132,7 @@ def no_such_split(world, tmp):
         (no_run, "no manifest.json"),
         (not_a_setting, "section.key=value"),
         (no_such_split, "future"),
-        (another_verbs_section, "[index] and [depth] alone"),
+        (another_verbs_section, "[index] and [depth] and [serving] alone"),
         (unwritable_picture, "such.png"),
         (unknown_item_to_explain, "no item 'Nothing of the Kind'"),
         (two_items_to_explain, "one at a time"),

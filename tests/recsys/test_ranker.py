@@ -427,6 +427,7 @@ def test_companions_come_back_from_their_file(tmp_path):
 def test_the_tokens_of_an_item_change_its_score_alone_and_one_without_draws_nothing():
     ranker, look = build(KINDS["text"]), look_of()
     known, (rows_BN, scores_BN, ranks_BN) = known_of(ranker), asked(ITEMS)
+    known.content.states_WP[0] = 3  # as where token states are learnt
     before = ranker(known, rows_BN, scores_BN, ranks_BN, look)[-1]
     assert torch.isfinite(before).all()
     other = FIRST_ITEM + 17
