@@ -187,7 +187,7 @@ class Recommender:
         `now` is when they are asked for, in seconds since 1970, for all or for each: later events are left out, and a model
         that reads the time of requests needs it. `deny` and `allow` are item rows, `where` conditions that items must meet, as
         serving.filters.Attributes has them, `diversity` and `popularity` those of ServingSettings (default: the bundle's).
-        With `probabilities` the lists hold them: how probable it is that an item is the next one of all.
+        With `probabilities` the lists hold them: how probable an item is the next one of all, where no filter is given.
         Raises RequestError: k below 1, a diversity or popularity that is none, probabilities of a bundle without a calibration,
         no `now` where the model reads it, or a condition that cannot be.
         """
@@ -226,8 +226,8 @@ class Recommender:
     ) -> Tensor:
         """Scores of given item rows for each history, as lists have them; float32 of shape B × C, -inf without a vector.
 
-        `now` as in recommend; an empty history scores 0. `vectors_BCE` stand in the place of the items' own, before retrieval's
-        eyes alone. A ranker scores each item beside what retrieval names for the history.
+        `now` as in recommend; without a ranker an empty history scores 0. `vectors_BCE` stand in the place of the items' own,
+        before retrieval's eyes alone. A ranker scores each item beside what retrieval names for the history.
         Raises RequestError: no `now` where the model reads it.
         """
         histories, now = self._as_of(histories, now)

@@ -81,6 +81,30 @@ def test_a_ranked_item_scores_as_in_its_list(kind: str, ranked_bundles: dict[str
     assert torch.allclose(recommender.score(batch, lists.rows)[known], lists.scores[known], atol=1e-5)
 
 
+def test_an_item_that_retrieval_does_not_name_is_scored_in_the_place_of_the_last(
+    ranked_bundles: dict[str, Path], dataset: Dataset
+) -> None:
+    """With the rank that its score has there; as an item of the history, which may stand before many others."""
+    recommender, histories = Recommender.load(ranked_bundles["companions"]), histories_of(dataset, 53)
+    rows_BN, retrieved_BN = recommender.with_ranker(0).candidates(histories)
+    states_BE, look = recommender._read(histories, None)
+    assert look is not None and recommender.ranker is not None
+    scores_BV, first = states_BE @ recommender.known.vectors_VE.T, 0
+    had_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
+    had_BV[histories.owners, (histories.values - FIRST_ITEM).clamp(max=recommender.lines - 1)] = True
+    row_B1 = scores_BV.masked_fill(~had_BV, -torch.inf).argmax(1, keepdim=True) + FIRST_ITEM
+    scores_B1 = (states_BE[:, None] * recommender.known.vectors(row_B1)).sum(2)
+    rows_BN = torch.cat([rows_BN[:, :63], row_B1], 1)
+    retrieved_BN = torch.cat([retrieved_BN[:, :63], scores_B1], 1)
+    ranks_BN = torch.ones_like(rows_BN)
+    for line, scores in enumerate(retrieved_BN.tolist()):
+        ranks_BN[line] = torch.tensor([1 + sum(other > score for other in scores) for score in scores])
+        first += int(ranks_BN[line, -1] < 32)
+    assert first
+    wanted_B = recommender.ranker(recommender.known, rows_BN, retrieved_BN, ranks_BN, look)[-1][:, -1]
+    assert torch.allclose(recommender.score(histories, row_B1)[:, 0], wanted_B, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", RANKERS)
 def test_without_blocks_of_the_ranker_lists_are_those_of_a_bundle_without_one(
     kind: str, ranked_bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
@@ -413,6 +437,14 @@ def test_a_calibration_is_the_isotonic_regression_of_hits_on_log_shares() -> Non
     assert fitted().probabilities(beyond)[0].tolist() == pytest.approx([*wanted.predict([0.0, -50.0]), 0.0])
 
 
+def test_a_calibration_is_straight_between_its_points_and_level_beyond_them() -> None:
+    line = Calibration(torch.tensor([0.1, 0.2, 0.6]).double().log(), torch.tensor([0.25, 0.5, 0.75]).double())
+    shares = torch.tensor([[0.05, 0.15, 0.8], [0.1, 0.2, 0.7], [0.4, 0.6, 0.0]]).double()
+    half, third = math.log(1.5) / math.log(2), math.log(2) / math.log(3)
+    wanted = [0.25, 0.25 + 0.25 * half, 0.75, 0.25, 0.5, 0.75, 0.5 + 0.25 * third, 0.75, 0.0]
+    assert line.probabilities(shares.log()).flatten().tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 @given(st.lists(st.floats(-40, 40, width=32), min_size=1, max_size=13))
 def test_probabilities_lie_between_0_and_1_and_rise_with_the_score(scores: list[float]) -> None:
     found = FITTED.probabilities(torch.tensor([scores]))[0].tolist()
@@ -457,6 +489,7 @@ def test_where_no_candidate_ever_came_next_there_is_no_calibration_and_where_all
     assert level is not None
     chance = level.probabilities(scores_BN[:, :1])
     assert (chance == chance[0]).all()
+    assert level.probabilities(torch.tensor([[3.0, -torch.inf]])).tolist() == [[float(chance[0]), 0.0]]
     assert 0.4 < float(chance[0]) < 0.7
 
 
