@@ -156,13 +156,14 @@ class Known:
         some = (lines >= 0) & (lines < len(self.vectors_VE))
         return F.embedding(lines.where(some, 0), self.vectors_VE) * some[..., None]
 
-    def evidence(self, rows_BN: Tensor, scores_BN: Tensor, ranks_BN: Tensor) -> Tensor:
+    def evidence(self, rows_BN: Tensor, scores_BN: Tensor, ranks_BN: Tensor, best_B1: Tensor | None = None) -> Tensor:
         """What retrieval and popularity say of candidates, shape B × N × 3: score below the best, log of the rank, and log
-        popularity in deviations from the mean of learnt items.
+        popularity in deviations from the mean of learnt items. `best` is the best score, if not of these candidates.
         """
         mean, deviation = self._spread
         popularity_BN = (self.logs(rows_BN) - mean) / deviation
-        return torch.stack([scores_BN - scores_BN.amax(1, keepdim=True), ranks_BN.float().log(), popularity_BN], -1)
+        best_B1 = scores_BN.amax(1, keepdim=True) if best_B1 is None else best_B1
+        return torch.stack([scores_BN - best_B1, ranks_BN.float().log(), popularity_BN], -1)
 
 
 @dataclass(frozen=True)
@@ -336,14 +337,15 @@ class Ranker(nn.Module):
         generator: torch.Generator | None = None,
         depth: int | None = None,
         kept: list[Tensor] | None = None,
+        best_B1: Tensor | None = None,
     ) -> list[Tensor]:
         """Scores after each block, at most `depth`, shape B × N; what PADDING scores is the caller's to leave out.
 
-        `scores` and `ranks` (from 1) are retrieval's. In column `own_B` stands an item that the user of the history had, as in
-        training: what that user alone tells of companions is not counted. Dropout acts where a generator is given. Attention
-        weights are added to `kept`.
+        `scores` and `ranks` (from 1) are retrieval's, and so is `best`, its best score, if not of these candidates. In column
+        `own_B` stands an item that the user of the history had, as in training: what that user alone tells of companions is not
+        counted. Dropout acts where a generator is given. Attention weights are added to `kept`.
         """
-        evidence_BN3, user_BW = known.evidence(rows_BN, scores_BN, ranks_BN), self.user_in(look.states_BSE)[:, 0]
+        evidence_BN3, user_BW = known.evidence(rows_BN, scores_BN, ranks_BN, best_B1), self.user_in(look.states_BSE)[:, 0]
         x_BNW = self.vector_in(known.vectors(rows_BN)) + self.evidence_in(evidence_BN3) + self._ids(rows_BN)
         if self.token_in is not None and known.content is not None:
             x_BNW = x_BNW + self._text(user_BW, rows_BN, known.content)

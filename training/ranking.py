@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recsys.batch import FIRST_ITEM, Sequences, gather
 from recsys.config import Settings
-from recsys.errors import RecipeError
+from recsys.errors import RecipeError, RecsysError
 from recsys.metrics import MISSED, measure
 from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import Companions, Known, Look, Ranker, RankerSettings
@@ -153,13 +153,16 @@ class _Lesson:
         for part in torch.split(torch.arange(len(chosen), device=places.device), REQUESTS):
             states_PE = model.place(states_BTE[owners_P[part], ends_P[part]])
             users_P, targets_P = batch.users[owners_P[part]], batch.targets[chosen[part]]
-            rows_PN, ranks_PN, odds_PN = self._candidates(states_PE, users_P, targets_P, state.model.settings, generator)
+            found = self._candidates(states_PE, users_P, targets_P, state.model.settings, generator)
+            rows_PN, ranks_PN, odds_PN, best_P1 = found
             scores_PN = (self.known.vectors(rows_PN) * states_PE[:, None]).sum(-1)
             look = Look.at(states_BTE, view, owners_P[part], ends_P[part], state.model.settings.span)
             own_P = torch.zeros_like(targets_P)
-            logits = state.model(self.known, rows_PN, scores_PN, ranks_PN, look, own_P, generator)
+            logits = state.model(self.known, rows_PN, scores_PN, ranks_PN, look, own_P, generator, best_B1=best_P1)
             losses = [F.cross_entropy(logits_PN + odds_PN, own_P) for logits_PN in logits]
             loss = torch.stack(losses).mean() * (len(part) / len(chosen))
+            if not torch.isfinite(loss):
+                raise RecsysError(f"the ranker's loss became {loss.item()} in step {state.steps}; lower ranking.learning_rate")
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item() * len(chosen)
         state.optimizer.step(state.steps, state.steps_planned)
@@ -169,8 +172,10 @@ class _Lesson:
     @torch.no_grad()
     def _candidates(
         self, states_PE: Tensor, users_P: Tensor, targets_P: Tensor, settings: RankerSettings, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, retrieval ranks and log odds of each request's candidates, shape P × N; the target is the first."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, retrieval ranks and log odds of each request's candidates, shape P × N, of which the target is the first; and
+        the best score of all that could be drawn, P × 1.
+        """
         learnt, hard, uniform = self.model.items, self.settings.hard, self.settings.uniform
         most, best_PT, scores_PT = SCORES // learnt + 1, [], []
         for states, users in zip(torch.split(states_PE, most), torch.split(users_P, most), strict=True):
@@ -195,7 +200,8 @@ class _Lesson:
         ]
         drawn_ranks = drawn + 1 + (scores.gather(1, drawn) < own)  # the target is a candidate too
         ranks = torch.cat([target_rank, drawn_ranks, torch.full_like(others, size + 1)], 1)
-        return torch.cat([targets_P[:, None], best.gather(1, drawn), others], 1), ranks, torch.cat(odds, 1)
+        rows = torch.cat([targets_P[:, None], best.gather(1, drawn), others], 1)
+        return rows, ranks, torch.cat(odds, 1), torch.maximum(scores[:, :1], own)
 
 
 def latest(batch: TrainingBatch, count: int) -> Tensor:

@@ -61,11 +61,15 @@ def train(
     set, or `base` is of another one.
     """
     digest = dataset.manifest["hash"]
-    key = run_key(recipe, digest)
+    key = run_key(recipe, digest, base)
     if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
         raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
     if recipe.get(RankerSettings.section, {}).get("blocks"):
         refuse_ranker(ModelSettings(**recipe[ModelSettings.section]), RankerSettings(**recipe[RankerSettings.section]))
+    elif base is not None:
+        raise RecipeError(
+            "a model is taken and ranker.blocks is 0, so nothing is left to learn; set ranker.blocks to 1 or more"
+        )
     if _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file():
         return open_directory(out / MODEL)
     taken = None if base is None else _taken(base, dataset, recipe, device)  # refused before anything is written
@@ -224,12 +228,13 @@ def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | 
     return encoder, content.with_neighbours(range(len(content)), learnt, events, settings.neighbours)
 
 
-def run_key(recipe: Recipe, digest: str) -> str:
-    """What decides a run's weights: the sections that `fit` takes and the data set's hash."""
+def run_key(recipe: Recipe, digest: str, base: Path | None = None) -> str:
+    """What decides a run's weights: the sections that `fit` takes, the data set's hash, and the run whose model is taken."""
     decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
     if recipe.get(RankerSettings.section, {}).get("blocks"):
         decisive |= {owner.section: recipe[owner.section] for owner in RANKING}
-    return hashlib.sha256(json.dumps([decisive, digest], sort_keys=True).encode()).hexdigest()
+    taken = [] if base is None else [open_directory(base / MODEL, verify=False).manifest["id"]]
+    return hashlib.sha256(json.dumps([decisive, digest, *taken], sort_keys=True).encode()).hexdigest()
 
 
 DECISIVE: tuple[type[Settings], ...] = (

@@ -118,7 +118,7 @@ def test_candidates_are_the_target_some_of_the_best_and_some_of_the_others_that_
     taught, owned = lesson(sequences), owned_by(sequences)
     states_PE, users_P, targets_P = requests()
     settings = dataclasses.replace(SETTINGS, candidates=candidates)
-    rows, ranks, odds = taught._candidates(states_PE, users_P, targets_P, settings, torch.Generator().manual_seed(2))
+    rows, ranks, odds, highest = taught._candidates(states_PE, users_P, targets_P, settings, torch.Generator().manual_seed(2))
     size = min(candidates, ITEMS)
     assert rows.shape == ranks.shape == odds.shape == (len(users_P), 1 + LEARNING.hard + LEARNING.uniform)
     hard, uniform = slice(1, 1 + LEARNING.hard), slice(1 + LEARNING.hard, None)
@@ -130,6 +130,7 @@ def test_candidates_are_the_target_some_of_the_best_and_some_of_the_others_that_
         best = sorted(free, key=lambda row: -scores[row])[:size]
         own = scores[target]
         assert rows[line, 0] == target
+        assert float(highest[line]) == pytest.approx(max([own, *(scores[row] for row in best)]), abs=1e-5)
         assert odds[line, 0] == 0
         assert ranks[line, 0] == 1 + sum(scores[row] > own for row in best)
         assert (
@@ -157,7 +158,9 @@ def test_candidates_do_not_depend_on_how_many_are_scored_at_once(monkeypatch, at
     for scores in (2**24, at_once):
         monkeypatch.setattr(ranking, "SCORES", scores)
         whole.append(taught._candidates(*requests(), SETTINGS, torch.Generator().manual_seed(2)))
-    assert all(torch.equal(one, other) for one, other in zip(*whole, strict=True))
+    *found, best = zip(*whole, strict=True)
+    assert all(torch.equal(*both) for both in found)
+    torch.testing.assert_close(*best)
 
 
 @pytest.mark.parametrize(("hard", "uniform"), [(11, 5), (31, 7), (3, 1)])
@@ -172,7 +175,7 @@ def test_on_average_the_candidates_count_as_all_that_the_user_never_had(hard, un
     wanted = (scores_PV * free_PV).sum(1)
     found = []
     for _ in range(1009):
-        rows, _, odds = taught._candidates(states_PE, users_P, targets_P, settings, generator)
+        rows, _, odds, _ = taught._candidates(states_PE, users_P, targets_P, settings, generator)
         found.append((scores_PV.gather(1, rows - FIRST_ITEM) * odds.exp())[:, 1:].sum(1) / wanted)
     ratios = torch.stack(found)
     assert ((ratios.mean(0) - 1).abs() < 5 * ratios.std(0) / len(ratios) ** 0.5 + 1e-4).all()

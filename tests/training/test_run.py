@@ -410,3 +410,15 @@ def test_the_command_learns_a_ranker_for_a_finished_run(world, run, tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith(f"recsys: {world / 'run'}: model.hidden_size is 11 there and 13 here")
     assert error.count("\n") == 1
+
+
+def test_a_taken_model_without_a_ranker_to_learn_is_refused(dataset, alone, tmp_path):
+    with pytest.raises(RecipeError, match=r"ranker\.blocks is 0"):
+        run_ranked(dataset, tmp_path / "run", base=alone, ranker={"blocks": 0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_a_ranker_of_another_model(dataset, alone, ranked):
+    assert run_key(ranked_recipe(), "data", alone) != run_key(ranked_recipe(), "data")
+    with pytest.raises(RecsysError, match="another recipe or data set"):
+        run_ranked(dataset, ranked, base=alone)
