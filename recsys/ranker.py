@@ -44,7 +44,7 @@ class RankerSettings(Settings):
     """Width inside a block's feed-forward layer."""
     span: int = 48
     """Events of a history that a candidate looks at, counted from the last; a multiple of 16."""
-    companions: int = 64
+    companions: int = 0
     """Items that the same users had, kept for each item: evidence between a candidate and each event; 0: none."""
     ids: bool = False
     """Whether the ranker has item embeddings of its own beside the model's vectors."""
