@@ -9,13 +9,13 @@ import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
+from recsys.batch import FIRST_ITEM, PADDING, Batch, Sequences, gather
 from recsys.content import ContentEncoder, Described
+from recsys.ranker import Companions
 from recsys.text import TextSettings
 from serving.lists import Lists, best
 
@@ -77,16 +77,13 @@ class ItemKNN:
     """
 
     def __init__(self, sequences: Sequences, items: int) -> None:
-        from scipy.sparse import vstack
+        from scipy.sparse import coo_matrix
 
-        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
-        users_UV = _sparse(train, torch.ones(len(train.values)), items)
-        users_UV.data[:] = 1  # an item counts once a user
-        counts_V = np.asarray(users_UV.sum(axis=0)).ravel()
-        columns_UV = users_UV.multiply(1 / np.sqrt(np.maximum(counts_V, 1))).tocsc().astype(np.float32)
-        lines_VU = columns_UV.T.tocsr()
-        starts = range(0, items, BATCH)
-        self.similar_VV = vstack([_nearest(lines_VU[at : at + BATCH] @ columns_UV, at) for at in starts], format="csr")
+        near = Companions.of(sequences, items, NEIGHBOURS)
+        lines_P, places_P = (near.rows_RK[FIRST_ITEM:] != PADDING).nonzero(as_tuple=True)
+        columns_P = near.rows_RK[lines_P + FIRST_ITEM, places_P] - FIRST_ITEM
+        cells = (near.cosines_RK[lines_P + FIRST_ITEM, places_P].numpy(), (lines_P.numpy(), columns_P.numpy()))
+        self.similar_VV = coo_matrix(cells, shape=(items, items)).tocsr()
 
     def scores(self, histories: Batch) -> Tensor:
         ages_N = (torch.repeat_interleave(histories.offsets[1:], histories.lengths) - 1) - torch.arange(len(histories.values))
@@ -130,17 +127,3 @@ def _sparse(histories: Batch, weights_N: Tensor, items: int) -> Any:
     known_N = (histories.values >= FIRST_ITEM) & (histories.values < FIRST_ITEM + items)
     places = (histories.owners[known_N].numpy(), (histories.values[known_N] - FIRST_ITEM).numpy())
     return coo_matrix((weights_N[known_N].float().numpy(), places), shape=(len(histories), items)).tocsr()
-
-
-def _nearest(block_BV: Any, start: int) -> Any:
-    """The NEIGHBOURS largest entries of each line, without the item itself, which stands `start` columns to the right."""
-    from scipy.sparse import csr_matrix
-
-    dense_BV = torch.from_numpy(block_BV.toarray())
-    lines_B = torch.arange(len(dense_BV))
-    dense_BV[lines_B, lines_B + start] = 0
-    values_BN, columns_BN = dense_BV.topk(min(NEIGHBOURS, dense_BV.shape[1]), dim=1)
-    places = (lines_B[:, None].expand_as(columns_BN).reshape(-1).numpy(), columns_BN.reshape(-1).numpy())
-    out = csr_matrix((values_BN.reshape(-1).numpy(), places), shape=dense_BV.shape)
-    out.eliminate_zeros()
-    return out
