@@ -5,6 +5,8 @@ from __future__ import annotations
 import json as json_module
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +18,8 @@ from recsys.errors import RecipeError, RecsysError, RequestError, SetupError
 
 if TYPE_CHECKING:
     from recsys.config import Recipe, Settings
+    from recsys.tracking import Tracking
+    from serving.history import HistoryStore
 
 app = typer.Typer(
     help="An attention recommender: from an event log to users' screens.",
@@ -51,6 +55,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+STORE = "sqlite:histories.sqlite"
+"""Where histories are kept unless said otherwise."""
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
 
 
@@ -499,35 +505,219 @@ def nightly(
 
 @app.command()
 def serve(
-    bundle: BundlePath,
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Directory of a bundle, or models:/NAME@ALIAS of MLflow.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    store: Annotated[
+        str, typer.Option(metavar="URL", help="Where histories are kept: sqlite:PATH, lmdb:PATH, redis://HOST:PORT, memory:.")
+    ] = STORE,
+    lists: Annotated[
+        Path | None, typer.Option(help="Lists of `recsys nightly`, for when none can be computed in time.")
+    ] = None,
+    challenger: Annotated[
+        str, typer.Option(metavar="BUNDLE", help="Another bundle, which answers the part online.share of the users.")
+    ] = "",
+    keys: Annotated[Path | None, typer.Option(help="File of `recsys keys`; requests then need one of its keys.")] = None,
+    trace: Annotated[
+        str, typer.Option(metavar="URL", help="OpenTelemetry collector that gets spans; else OTEL_EXPORTER_OTLP_ENDPOINT.")
+    ] = "",
+    settings: Overrides = None,
 ) -> None:
-    """Answer top-k over HTTP: POST /v1/recommend, GET /health, /ready, and /docs for the rest.
+    """Answer over HTTP: lists, events, items and users under /v1, a page at /, and /openapi.json for all of it.
 
-    Example: recsys serve bundles/ml-1m --port 8000
-    """
-    from serving.app import serve as run_server
+    The bundle, its challenger, the lists and the keys are read anew when they change. The first SIGTERM ends it in peace.
 
-    run_server(bundle, host, port)
-
-
-@app.command()
-def bundles(settings: Overrides = None, json: AsJson = False) -> None:
-    """List the registered bundles, newest first; the champion is the live one.
-
-    Example: recsys bundles --set tracking.uri=sqlite:///mlflow.db
+    Example: recsys serve bundles/ml-1m --port 8000 --store sqlite:histories.sqlite --set online.deadline_ms=100
     """
     from recsys.config import Recipe
-    from recsys.terminal import records_table
-    from recsys.tracking import Tracking, TrackingSettings
+    from recsys.tracking import TrackingSettings
+    from serving.admission import OnlineSettings
+    from serving.app import serve as run_server
 
-    chosen = Recipe("bundles", _merge({}, settings, TrackingSettings))
-    versions = Tracking(chosen.read(TrackingSettings)).versions()
+    chosen = Recipe("serve", _merge({}, settings, OnlineSettings, TrackingSettings))
+    run_server(
+        bundle,
+        host,
+        port,
+        store=store,
+        lists=lists,
+        challenger=challenger,
+        keys=keys,
+        trace=trace,
+        tracking=chosen.read(TrackingSettings).uri,
+        settings=chosen.read(OnlineSettings),
+    )
+
+
+keys_app = typer.Typer(help="Keys of the online API.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+KeysFile = Annotated[Path, typer.Option("--keys", help="File of keys; only their SHA-256 stand in it.")]
+KeyName = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")]
+
+
+@keys_app.command("add")
+def add_key(name: KeyName, keys: KeysFile) -> None:
+    """Make a key and print it, once: it is kept nowhere.
+
+    Example: recsys keys add shop --keys keys.json
+    """
+    from serving.keys import add
+
+    typer.echo(add(keys, name))
+
+
+@keys_app.command("list")
+def list_keys(keys: KeysFile, json: AsJson = False) -> None:
+    """Name the keys of a file.
+
+    Example: recsys keys list --keys keys.json
+    """
+    from serving.keys import read
+
+    names = list(read(keys))
+    typer.echo(json_module.dumps({"keys": names}) if json else "\n".join(names))
+
+
+@keys_app.command("remove")
+def remove_key(name: KeyName, keys: KeysFile) -> None:
+    """Take a key out; a server that reads the file knows it no longer.
+
+    Example: recsys keys remove shop --keys keys.json
+    """
+    from serving.keys import remove
+
+    remove(keys, name)
+    typer.echo(f"{keys}: {name} is out")
+
+
+history_app = typer.Typer(help="Histories of the online API: the last events of each user.", no_args_is_help=True)
+app.add_typer(history_app, name="history")
+StoreUrl = Annotated[
+    str, typer.Option("--store", metavar="URL", help="sqlite:PATH, lmdb:PATH or redis://HOST:PORT/NUMBER, as served.")
+]
+UserId = Annotated[str, typer.Argument(metavar="USER", help="Id of the user.")]
+
+
+@history_app.command("import")
+def import_histories(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory that `recsys features` made.")],
+    store: StoreUrl = STORE,
+    settings: Overrides = None,
+) -> None:
+    """Take a data set's histories into a store; twice the same adds nothing.
+
+    Example: recsys history import datasets/ml-1m --store sqlite:histories.sqlite
+    """
+    from features.dataset import Dataset
+    from recsys.config import Recipe
+    from recsys.terminal import bar
+    from serving.admission import OnlineSettings
+    from serving.history import import_dataset
+
+    keep = Recipe("history", _merge({}, settings, OnlineSettings)).read(OnlineSettings).keep
+    data = Dataset.open(dataset)
+    with _store(store, keep) as kept, bar("users") as progress:
+        counts = import_dataset(kept, data, partial(progress, "import"))
+    typer.echo(f"{store}: {counts['users']:,} users, {counts['new']:,} new events of {counts['events']:,}")
+
+
+@history_app.command("show")
+def show_history(user: UserId, store: StoreUrl = STORE, json: AsJson = False) -> None:
+    """Show a user's events, oldest first.
+
+    Example: recsys history show u-1 --store sqlite:histories.sqlite
+    """
+    from recsys.terminal import records_table
+
+    with _store(store) as kept:
+        events = [{"item_id": event.item_id, "time": event.time} for event in kept.read(user)]
+    if json:
+        typer.echo(json_module.dumps({"user_id": user, "events": events}))
+    else:
+        records_table(events, title=f"user {user}: {len(events):,} events")
+
+
+@history_app.command("erase")
+def erase_history(
+    user: UserId,
+    store: StoreUrl = STORE,
+    lists: Annotated[Path | None, typer.Option(help="Nightly lists out of which the user is taken too.")] = None,
+) -> None:
+    """Erase a user's events, and with --lists the user's nightly list.
+
+    Example: recsys history erase u-1 --store sqlite:histories.sqlite --lists lists.parquet
+    """
+    from serving.fallback import NightlyLists
+
+    with _store(store) as kept:
+        found = {"history": kept.erase(user)}
+    if lists is not None:
+        found["lists"] = NightlyLists(lists).erase(user)
+    typer.echo("; ".join(f"{what}: {'erased' if there else 'nothing was there'}" for what, there in found.items()))
+
+
+@contextmanager
+def _store(url: str, keep: int = 500) -> Iterator[HistoryStore]:
+    from serving.history import open_store
+
+    store = open_store(url, keep)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+bundles_app = typer.Typer(help="Registered bundles, and which of them is champion: the live one.", no_args_is_help=True)
+app.add_typer(bundles_app, name="bundles")
+
+
+@bundles_app.command("list")
+def list_bundles(settings: Overrides = None, json: AsJson = False) -> None:
+    """List the registered bundles, newest first.
+
+    Example: recsys bundles list --set tracking.uri=sqlite:///mlflow.db
+    """
+    from recsys.terminal import records_table
+
+    versions = _tracking(settings).versions()
     if json:
         typer.echo(json_module.dumps(versions))
     else:
         records_table(versions)
+
+
+@bundles_app.command("promote")
+def promote_bundle(
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="Its number, as `recsys bundles list` shows it.")],
+    settings: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Make a registered bundle the champion; a server that follows the registry takes it without a restart.
+
+    Example: recsys bundles promote 7
+    """
+    _tracking(settings).promote(str(version))
+    _tell_champion(version, json)
+
+
+@bundles_app.command("rollback")
+def rollback_bundle(settings: Overrides = None, json: AsJson = False) -> None:
+    """Make the champion before the present one champion again; once more, the one before that.
+
+    Example: recsys bundles rollback
+    """
+    _tell_champion(int(_tracking(settings).rollback()), json)
+
+
+def _tracking(settings: list[str] | None) -> Tracking:
+    from recsys.config import Recipe
+    from recsys.tracking import Tracking, TrackingSettings
+
+    return Tracking(Recipe("bundles", _merge({}, settings, TrackingSettings)).read(TrackingSettings))
+
+
+def _tell_champion(version: int, json: bool) -> None:
+    typer.echo(json_module.dumps({"version": version}) if json else f"version {version} is champion")
 
 
 @app.command()

@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
     def _seen(self, queries: Tensor, keys: Tensor, view: View) -> Tensor:
         """Whether a query sees a key: bool of shape Q × K where causality hides padding, else B × 1 × Q × K."""
-        seen = self._sees(queries[:, None], keys)
+        seen = self.sees(queries[:, None], keys)
         return seen if self.causal else seen & (keys < view.lengths_B[:, None])[:, None, None]
 
     def _mix(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, start: int, view: View, pointwise: bool) -> Tensor:
@@ -203,18 +203,23 @@ class Attention(nn.Module):
         if self.settings.positions != "rotary":
             return x_BHTD
         half = x_BHTD.shape[-1] // 2
-        rates = 10_000 ** (-torch.arange(half, device=x_BHTD.device) / half)
-        angles = view.at_T[:, None] * rates
-        cos, sin = angles.cos().to(x_BHTD.dtype), angles.sin().to(x_BHTD.dtype)
+        cos, sin = (part.to(x_BHTD.dtype) for part in self.turns(view.at_T, x_BHTD.shape[-1]))
         left, right = x_BHTD[..., :half], x_BHTD[..., half:]
         return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+    @staticmethod
+    def turns(at_T: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of rotary positions, shape T × D / 2."""
+        half = width // 2
+        angles = at_T[:, None] * 10_000 ** (-torch.arange(half, device=at_T.device) / half)
+        return angles.cos(), angles.sin()
 
     def block_mask(self, owners_T: Tensor, at_T: Tensor) -> Any:
         """FlexAttention's mask of packed histories: an event sees those of its own history that the pattern allows."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         def seen(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (owners_T[query] == owners_T[key]) & self._sees(at_T[query], at_T[key])
+            return (owners_T[query] == owners_T[key]) & self.sees(at_T[query], at_T[key])
 
         make: Any = _compiled(create_block_mask) if at_T.is_cuda else create_block_mask
         return make(seen, None, None, len(at_T), len(at_T), device=str(at_T.device))
@@ -238,7 +243,7 @@ class Attention(nn.Module):
         mixed: Tensor = attend(q_1HTD, k_1HTD, v_1HTD, score_mod=score, block_mask=view.mask)
         return mixed
 
-    def _sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether a query's position may see a key's, in a history without padding."""
         seen = self.pattern.sees(queries, keys, self.settings.span)
         return seen & (keys <= queries) if self.causal else seen

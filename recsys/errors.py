@@ -23,3 +23,7 @@ class RequestError(RecsysError):
 
 class SetupError(RecsysError):
     """A dependency, a device or a service that the work needs is not there."""
+
+
+class StoreError(RecsysError):
+    """A store of histories is unreachable or broken: its server is down, its file gone, its disk full, what it holds unreadable."""

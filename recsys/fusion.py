@@ -162,14 +162,14 @@ class TextAttention(nn.Module):
             if count > tokens.numel():
                 distinct, places = torch.unique(tokens, return_inverse=True)
                 states_WP, count = states_WP[distinct], len(distinct)
-            projected = self._project(states_WP)
+            projected = self.project(states_WP)
         else:
             projected = self._kept(content.states_WP)
         lines = places.flatten(1)[:, None] + count * torch.arange(self.heads, device=places.device)[:, None]
         k, v = (F.embedding(lines, part.view(-1, size)) for part in projected.unbind())
         return tokens, k, v
 
-    def _project(self, states_WP: Tensor) -> Tensor:
+    def project(self, states_WP: Tensor) -> Tensor:
         """Keys and values of token states, shape 2 × H × W × D."""
         projected = self.key_value(states_WP.to(self.key_value.weight.dtype))
         parts: Tensor = projected.view(len(states_WP), 2, self.heads, -1).permute(1, 2, 0, 3).contiguous()
@@ -183,6 +183,6 @@ class TextAttention(nn.Module):
         now = (self.key_value.weight._version, self.key_value.weight.data_ptr(), states_WP.data_ptr())
         made_of, projected = self._last  # together, since threads share the model
         if made_of != now:
-            projected = self._project(states_WP)
+            projected = self.project(states_WP)
             self._last = (now, projected)
         return projected

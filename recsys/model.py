@@ -202,7 +202,7 @@ class SequenceModel(nn.Module):
         """`forward` before the first block and after each, blocks + 1 states; without `early_exit`, after the last alone."""
         x_BTE, view = self._embed(batch, generator, asked, positions, packed)
         states = [x_BTE]
-        for depth, block in enumerate(self._depth()):
+        for depth, block in enumerate(self.in_turn()):
             states.append(self._through(depth, block, states[-1], view, generator))
         return [self.place(self.norm(x_BTE)) for x_BTE in (states if self.settings.early_exit else states[-1:])]
 
@@ -227,7 +227,7 @@ class SequenceModel(nn.Module):
         x_BTE, whole = self._embed(batch, None, asked, positions)
         view, out_BTE = whole, torch.zeros_like(x_BTE)
         going_B, last_B = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
-        for depth, block in enumerate(self._depth()):
+        for depth, block in enumerate(self.in_turn()):
             before_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
             x_BTE = self._through(depth, block, x_BTE, view)
             if depth >= len(leave):
@@ -244,13 +244,18 @@ class SequenceModel(nn.Module):
     def read_all(self, batch: Batch, asked: Tensor | None) -> tuple[Tensor, View]:
         """`read` where each state is asked for at its own time, seconds, shape N, as in training; of a causal model."""
         x_BTE, view = self._embed(batch, None, asked, None)
-        for depth, block in enumerate(self._depth()):
+        for depth, block in enumerate(self.in_turn()):
             x_BTE = self._through(depth, block, x_BTE, view)
         return self.norm(x_BTE), view
 
     def readable(self, batch: Batch) -> Batch:
         """The last events that the model reads of each history."""
-        return batch.last(self.settings.length - (self.settings.objective == "masked"))
+        return batch.last(self.readable_events)
+
+    @property
+    def readable_events(self) -> int:
+        """How many events the model reads of a history, at most."""
+        return self.settings.length - (self.settings.objective == "masked")
 
     @property
     def lines(self) -> int:
@@ -269,7 +274,7 @@ class SequenceModel(nn.Module):
 
     def vectors(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Placed vectors of item rows; a further axis of width E. With a generator, ids are dropped as in training."""
-        return place_items(self._fused(rows, generator), self.settings.similarity)
+        return place_items(self.fused(rows, generator), self.settings.similarity)
 
     def candidates(self, generator: torch.Generator) -> Tensor:
         """Placed vectors of the learnt items, as training meets them, shape items × E; line i is row FIRST_ITEM + i."""
@@ -336,7 +341,7 @@ class SequenceModel(nn.Module):
         last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
         going_B = torch.ones_like(last[0], dtype=torch.bool)
         out: list[Tensor] = []
-        for depth, block in enumerate(self._depth()):
+        for depth, block in enumerate(self.in_turn()):
             out.append(block.attention_weights(x_BTE, view) * going_B[:, None, None, None])
             before_BE = x_BTE[last]
             x_BTE = self._through(depth, block, x_BTE, view)
@@ -354,7 +359,7 @@ class SequenceModel(nn.Module):
         batch, asked = self.asked(batch, now)
         x_BTE, view = self._embed(batch, None, asked, None)
         last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
-        x_BE = next(self._depth())(x_BTE, view)[last]
+        x_BE = next(self.in_turn())(x_BTE, view)[last]
         rows_BT = view.rows_BT.new_zeros(len(batch), self.settings.text_span + view.positions)
         back_U = torch.arange(1 - self.settings.text_span, 1, device=x_BTE.device)
         rows_BT[:, self.settings.text_span :] = view.rows_BT
@@ -368,7 +373,7 @@ class SequenceModel(nn.Module):
             x_BTE = self.text_attention(x_BTE, view, self.content, generator)
         return x_BTE
 
-    def _fused(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    def fused(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         """Id embedding and description of item rows; an id that was not learnt is UNKNOWN's, or 0 where items are described."""
         learnt = rows < FIRST_ITEM + self.ids
         vectors: Tensor = self.table(torch.where(learnt, rows, UNKNOWN))
@@ -381,7 +386,8 @@ class SequenceModel(nn.Module):
         fused: Tensor = vectors * learnt[..., None] + self.fusion(own, self.content)
         return fused
 
-    def _depth(self) -> Iterator[Block]:
+    def in_turn(self) -> Iterator[Block]:
+        """The blocks that a state goes through; one may come again."""
         for depth in range(self.settings.blocks):
             block = self.blocks[depth % len(self.blocks)]
             assert isinstance(block, Block)
@@ -421,7 +427,7 @@ class SequenceModel(nn.Module):
         if packed:
             owners_T = torch.full_like(at_T, -1).masked_scatter_(mask_BT[0], batch.owners)
             at_T = at_T - pad(batch.offsets[:-1], (1, 0))[owners_T + 1]
-        x_BTE = self._fused(rows_BT, generator) * self.settings.embedding_size**0.5
+        x_BTE = self.fused(rows_BT, generator) * self.settings.embedding_size**0.5
         if self.positions is not None:  # serving pads beyond the longest history
             x_BTE = x_BTE + embedding(at_T.clamp(max=self.settings.length - 1), self.positions)
         if self.gaps is not None:
@@ -429,7 +435,7 @@ class SequenceModel(nn.Module):
             x_BTE = x_BTE + embedding(torch.where(at_T > 0, gaps_BT, TIME_BUCKETS), self.gaps)
         if self.asked_gaps is not None:
             x_BTE = x_BTE + embedding(time_bucket(asked_BT - times_BT), self.asked_gaps)
-        mask = None if owners_T is None else next(self._depth()).attention.block_mask(owners_T, at_T)
+        mask = None if owners_T is None else next(self.in_turn()).attention.block_mask(owners_T, at_T)
         view = View(batch.lengths, rows_BT, at_T, times_BT, asked_BT, owners_T, mask)
         return dropout(x_BTE, self.settings.dropout, generator), view
 

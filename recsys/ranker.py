@@ -141,7 +141,7 @@ class Known:
     content: ItemContent | None = None
 
     @cached_property
-    def _spread(self) -> tuple[Tensor, Tensor]:
+    def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the logs of learnt items."""
         learnt = self.logs_V[: self.learnt]
         return learnt.mean(), learnt.std(correction=0).clamp(min=1e-6)
@@ -160,7 +160,7 @@ class Known:
         """What retrieval and popularity say of candidates, shape B × N × 3: score below the best, log of the rank, and log
         popularity in deviations from the mean of learnt items. `best` is the best score, if not of these candidates.
         """
-        mean, deviation = self._spread
+        mean, deviation = self.spread
         popularity_BN = (self.logs(rows_BN) - mean) / deviation
         best_B1 = scores_BN.amax(1, keepdim=True) if best_B1 is None else best_B1
         return torch.stack([scores_BN - best_B1, ranks_BN.float().log(), popularity_BN], -1)
@@ -194,6 +194,9 @@ class Look:
     def take(self, chosen_B: Tensor) -> Look:
         """Of some of the histories."""
         return Look(self.states_BSE[chosen_B], self.rows_BS[chosen_B], self.ages_BS[chosen_B])
+
+    def to(self, device: torch.device) -> Look:
+        return Look(self.states_BSE.to(device), self.rows_BS.to(device), self.ages_BS.to(device))
 
     def put(self, chosen_B: Tensor, other: Look) -> None:
         """Place another's histories into lines of this."""

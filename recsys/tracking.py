@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
 
 from recsys.config import Settings
 from recsys.errors import SetupError
@@ -17,6 +19,8 @@ from recsys.errors import SetupError
 OFF = "off"
 CHAMPION = "champion"
 """Alias of the version that is live."""
+REMEMBERED = 100
+"""Versions before the present one that an alias remembers."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Tracking:
             self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
 
     def register(self, bundle: Path, identity: str, alias: str = CHAMPION) -> str:
-        """Record a bundle as the next version of the registered model and move the alias to it; the version's number."""
+        """Record a bundle as the next version of the registered model and promote it; the version's number."""
         if not self.on:
             return ""
         mlflow = self._mlflow()
@@ -148,8 +152,65 @@ class Tracking:
         self.file(bundle, folder)
         source = f"{client.get_run(self.run_id).info.artifact_uri}/{folder}"
         version = client.create_model_version(name, source, run_id=self.run_id, tags={"bundle": identity})
-        client.set_registered_model_alias(name, alias, version.version)
+        self.promote(str(version.version), alias)
         return str(version.version)
+
+    def promote(self, version: str, alias: str = CHAMPION) -> None:
+        """Move the alias to a version, and remember the one before it. Raises SetupError: no such version."""
+        client, name = self._registry(), self.settings.model
+        self.resolve(version)
+        with self._answering(f"model {name}"):
+            now, before = self._line_of(alias)
+            if now == version:
+                return
+            if now and before[-1:] != [now]:
+                self._remember(alias, [*before, now])  # first: an alias that moved without is not to be rolled back
+            client.set_registered_model_alias(name, alias, version)
+
+    def rollback(self, alias: str = CHAMPION) -> str:
+        """Move the alias back to the version before, each time to an earlier one, and return it.
+
+        Versions that were deleted are left out. Raises SetupError: there is none before.
+        """
+        client, name = self._registry(), self.settings.model
+        with self._answering(f"model {name}"):
+            there = {str(version["version"]) for version in self.versions()}
+            now, before = self._line_of(alias)
+            while before:
+                version = before.pop()
+                if version != now and version in there:
+                    client.set_registered_model_alias(name, alias, version)
+                    self._remember(alias, before)
+                    return version
+        raise SetupError(f"{name}: nothing to roll back to, no version was {alias} before {now or 'now'}; promote one instead")
+
+    def resolve(self, word: str) -> tuple[str, str]:
+        """The version that a number or an alias names, and where its files lie. Raises SetupError: there is none."""
+        client, name = self._registry(), self.settings.model
+        with self._answering(f"{'version' if word.isdecimal() else 'alias'} {word} of model {name}"):
+            get = client.get_model_version if word.isdecimal() else client.get_model_version_by_alias
+            found = get(name, word)
+            return str(found.version), str(found.source)
+
+    def fetch(self, source: str, folder: Path) -> Path:
+        """Where the files of a version lie: its own place if that is on this machine, else `folder`, after a download.
+
+        What is in `folder` already is taken as it is; a download arrives whole or not at all. Raises SetupError: none arrives.
+        """
+        address = urlsplit(source)
+        if address.scheme in ("", "file"):
+            return Path(unquote(address.path) if address.scheme else source)
+        if not folder.exists():
+            mlflow = self._mlflow()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+                try:
+                    Path(mlflow.artifacts.download_artifacts(source, dst_path=temporary)).rename(folder)
+                except Exception as error:  # each store raises its own kinds
+                    if not folder.exists():  # else another process was faster
+                        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+                        raise SetupError(f"{source}: does not arrive in {folder} ({line}); check both places") from None
+        return folder
 
     def versions(self) -> list[dict[str, Any]]:
         """The registered bundles, newest first: version, bundle, aliases, created (UTC), run, source."""
@@ -170,6 +231,35 @@ class Tracking:
             for version in sorted(found, key=lambda version: -int(version.version))
         ]
 
+    def _registry(self) -> Any:
+        """The client. Raises SetupError: tracking is off, or the store does not answer."""
+        if not self.on:
+            raise SetupError("tracking is off, and so is the registry of bundles; set tracking.uri to its store")
+        return self._mlflow().MlflowClient()
+
+    @contextmanager
+    def _answering(self, what: str) -> Iterator[None]:
+        """Errors of MLflow are the user's: it has not `what`, or does not answer."""
+        try:
+            yield
+        except self._mlflow().exceptions.MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise SetupError(f"MLflow at {self.uri} has no {what}; `recsys bundles list` shows what there is") from None
+            raise self._silent(error) from None
+
+    def _line_of(self, alias: str) -> tuple[str, list[str]]:
+        """The version that has an alias, empty for none, and those that had it before, oldest first."""
+        model = self._registry().get_registered_model(self.settings.model)
+        return str(model.aliases.get(alias, "")), [word for word in model.tags.get(f"{alias}.before", "").split(",") if word]
+
+    def _remember(self, alias: str, before: list[str]) -> None:
+        told = ",".join(before[-REMEMBERED:])
+        self._registry().set_registered_model_tag(self.settings.model, f"{alias}.before", told)
+
+    def _silent(self, error: Exception) -> SetupError:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return SetupError(f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off")
+
     def _mlflow(self) -> Any:
         global _chosen
         try:
@@ -184,10 +274,7 @@ class Tracking:
             try:
                 self._choose_experiment(mlflow)
             except Exception as error:  # each store raises its own kinds
-                line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SetupError(
-                    f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off"
-                ) from None
+                raise self._silent(error) from None
             _chosen = here
         return mlflow
 

@@ -1,183 +1,495 @@
-"""Answers over HTTP; the one door to FastAPI."""
+"""Answers over HTTP: the hot routes as bare ASGI, all others and the document by FastAPI; the one door to both servers."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import hashlib
+import itertools
+import logging
+import os
+import re
+import secrets
+import signal
 import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
 
+import msgspec
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from starlette.types import ASGIApp, Receive, Scope, Send
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from recsys import __version__
-from recsys.errors import RequestError, SetupError
-from serving.engine import Recommender
-from serving.filters import VALUES
+from recsys.errors import DataError, RequestError, SetupError, StoreError
+from serving.admission import OnlineSettings, Rate
+from serving.fallback import NightlyLists
+from serving.history import open_store
+from serving.keys import Keys
+from serving.live import Arms, source_of
+from serving.messages import OPERATIONS, Refusal, document
+from serving.service import Service
+from serving.telemetry import LOG, Call, Tracer, about, log_request, speak, tracer
 
-BODY = 2**20
-"""Most bytes of a request; uvicorn itself has no limit."""
-
-ItemId = int | Annotated[str, Field(max_length=500)]
-Second = Annotated[int, Field(ge=0, lt=2**40)]
-Items = Annotated[list[ItemId], Field(max_length=10_000)]
-VALUE: dict[str, Any] = {"anyOf": [{"type": "boolean"}, {"type": "number"}, {"type": "string"}]}
-RANGE = {
-    "type": "object",
-    "properties": {"min": {"type": "number"}, "max": {"type": "number"}},
-    "minProperties": 1,
-    "additionalProperties": False,
+PAGE = Path(__file__).parent / "page"
+NAMED = re.compile(r"[a-z0-9][a-z0-9_-]*\.(html|css|js|svg|png|ico|woff2)")
+TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "ico": "image/x-icon",
+    "woff2": "font/woff2",
 }
-Condition = Annotated[
-    Any, WithJsonSchema({"anyOf": [*VALUE["anyOf"], {"type": "array", "items": VALUE, "maxItems": VALUES}, RANGE]})
-]
-"""Of a type that the bundle's attributes decide; the recommender checks it."""
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+"""What the page may load: nothing from elsewhere."""
+OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/favicon.ico")
+"""Paths that need no key, beside the page's files."""
+VISIBLE = re.compile(rb"[\x21-\x7e]{1,100}")
+JSON = b"application/json"
+BACKLOG = 2048
+FORCED = 1
+"""Exit code of a process that was told twice to leave."""
+
+Hot = Callable[[bytes, Call], Awaitable[bytes]]
 
 
-class Question(BaseModel):
-    """A history, oldest event first, by item ids or by titles, and what may be recommended."""
+@dataclass(frozen=True)
+class Reply:
+    """What goes back: a status, a body, and headers beside those of all."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"history": [1, 260, 1196], "k": 10}, {"titles": ["Toy Story (1995)"], "k": 5}]},
-    )
-
-    history: Items = Field([], description="Item ids.")
-    titles: list[Annotated[str, Field(max_length=500)]] = Field(
-        [], max_length=10_000, description="Titles, in the place of ids."
-    )
-    times: Annotated[list[Second], Field(max_length=10_000)] | None = Field(
-        None, description="Seconds since 1970 of each event."
-    )
-    now: Second | None = Field(None, description="Events after this second are left out; needs times.")
-    k: int = Field(10, ge=1, le=1000, description="Items to recommend.")
-    filter_seen: bool = Field(True, description="Leave out what stands in the history.")
-    deny: Items = Field([], description="Ids of items that may not be recommended.")
-    allow: Items | None = Field(None, description="Ids of the only items that may be recommended.")
-    where: dict[Annotated[str, Field(max_length=500)], Condition] = Field(
-        {},
-        max_length=50,
-        description="What items must be, by the name of an attribute, or categories: a value, a list of values of which an "
-        "item has any, or of numbers {min, max}, one of which may be missing.",
-        examples=[{"in_stock": True, "brand": ["Acme", "Globex"], "price": {"min": 10, "max": 20}}],
-    )
-    diversity: float | None = Field(None, ge=0, le=1, description="0: the best items; 1: each as unlike the others as can be.")
-    popularity: float | None = Field(
-        None, ge=-100, le=100, description="What is taken from a score for each factor e of an item's training events."
-    )
-    probabilities: bool = Field(False, description="Say of each item how probable it is that it is the next one.")
-    ignore_unknown: bool = Field(False, description="Leave out ids and titles that are no item, and name them in the answer.")
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    content: bytes = JSON
 
 
-class Recommended(BaseModel):
-    """One place of a list."""
+class Online:
+    """The application: counts, names, admits and answers every request."""
 
-    rank: int
-    item_id: ItemId
-    title: str
-    score: float
-    probability: float | None = Field(None, description="That it is the next item, as often as on validation.")
-
-
-class Answer(BaseModel):
-    """A list, best first."""
-
-    bundle: str = Field(description="Id of the bundle that answered.")
-    source: str = Field(description="model, or popularity: the history held nothing that the model knows.")
-    unknown: list[ItemId] = Field(description="Ids and titles that are no item and were ignored.")
-    items: list[Recommended]
-
-
-class Problem(BaseModel):
-    """What was wrong with a request, in one line."""
-
-    detail: str
-
-
-def create_app(recommender: Recommender) -> FastAPI:
-    """The application over a loaded recommender."""
-    app = FastAPI(title="recsys", version=__version__, description="Top-k recommendations for a history.")
-    app.add_middleware(BodyLimit)
-
-    @app.exception_handler(RequestError)
-    async def refuse(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 422)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_shape(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
-
-    # A plain function: FastAPI runs it in a thread, so that /health answers while a list is made.
-    @app.post("/v1/recommend", response_model_exclude_none=True, responses={413: {"model": Problem}, 422: {"model": Problem}})
-    def recommend(question: Question) -> Answer:
-        """The k best items for a history; for an empty or wholly unknown one, the most popular."""
-        if question.history and question.titles:
-            raise RequestError("both history and titles are given; give one of them")
-        items = recommender.catalogue
-        answer = recommender.answer(
-            question.titles or question.history,
-            question.k,
-            times=question.times,
-            now=question.now,
-            filter_seen=question.filter_seen,
-            deny=question.deny,
-            allow=question.allow,
-            where=question.where,
-            diversity=question.diversity,
-            popularity=question.popularity,
-            probabilities=question.probabilities,
-            ignore_unknown=question.ignore_unknown,
-            find=items.by_title if question.titles else items.by_id,
-        )
-        return Answer.model_validate(answer)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The process is alive."""
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> dict[str, Any]:
-        """A bundle is loaded and answers."""
-        return {"status": "ready", "bundle": recommender.id, "items": recommender.items, "version": __version__}
-
-    return app
-
-
-class BodyLimit:
-    """Refuses requests whose body is longer than BODY, or does not say how long it is."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, service: Service, keys: Keys | None = None, tracer: Tracer | None = None, page: Path = PAGE) -> None:
+        self.service, self.keys, self.tracer, self.page = service, keys, tracer, page
+        settings = service.settings
+        self.clock = service.clock
+        self.rate = Rate(settings.rate, settings.burst, service.clock)
+        self.body_bytes = settings.body_bytes
+        self._hot: dict[tuple[str, str], Hot] = {
+            ("POST", "/v1/recommend"): service.recommend,
+            ("POST", "/v1/rank"): service.rank,
+            ("POST", "/v1/similar"): service.similar,
+            ("POST", "/v1/events"): service.events,
+        }
+        self._begin, self._count = secrets.token_hex(6), itertools.count(1)
+        self.api = _api(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers:
-            await JSONResponse({"detail": "the body has no Content-Length; send one"}, 411)(scope, receive, send)
-        elif not length.isdigit() or int(length) > BODY:
-            await JSONResponse({"detail": f"the body is larger than {BODY} bytes; send less"}, 413)(scope, receive, send)
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.api(scope, receive, send)
+            return
+        call = Call(scope["method"], self.clock())
+        said = _headers(scope, call)
+        if not call.id:
+            call.id = f"{self._begin}{next(self._count):08x}"
+        hot = self._hot.get((call.method, scope["path"]))
+        try:
+            self._admit(scope, said)
+            body = await _body(said, receive, self.body_bytes)
+        except Refusal as refusal:
+            call.route = scope["path"] if hot else "other"
+            # what is left of the body is nobody's, so the connection ends
+            await self._send(send, call, _refused(refusal), close=refusal.status in (400, 411, 413))
+            return
+        if hot is not None:
+            call.route = scope["path"]
+            await self._send(send, call, await self.reply(call, hot(body, call)))
         else:
-            await self.app(scope, receive, send)
+            await self._pass_on(scope, send, call, body)
+
+    def _admit(self, scope: Scope, said: Mapping[bytes, bytes]) -> None:
+        """Raises Refusal: no key, a wrong one, or too many requests."""
+        path = scope["path"]
+        client = (scope.get("client") or ("",))[0]
+        if path in OPEN or path.startswith("/page/"):
+            return
+        if self.keys is not None:
+            name = self.keys.name(_key(said))
+            if name is None:
+                raise Refusal(401, "no key that is known; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+            client = f"key {name}"
+        wait = self.rate.wait(client)
+        if wait:
+            raise Refusal(429, f"more than {self.rate.rate:g} requests a second; ask again later", retry_after=int(wait) + 1)
+
+    async def reply(self, call: Call, work: Awaitable[bytes | Reply]) -> Reply:
+        """What work gives or, where it fails, one line."""
+        try:
+            found = await work
+            return found if isinstance(found, Reply) else Reply(200, found)
+        except Refusal as refusal:
+            return _refused(refusal)
+        except (RequestError, DataError) as error:
+            return _problem(422, str(error))
+        except StoreError:
+            return _refused(Refusal(503, "the store does not answer; ask again", retry_after=1))
+        except Exception:
+            LOG.exception("error", extra=about(request_id=call.id, route=call.route))
+            return _problem(500, "a mistake of the server's own; its log says more under this request id")
+
+    async def _pass_on(self, scope: Scope, send: Send, call: Call, body: bytes) -> None:
+        """FastAPI answers; the status and the headers of all pass through here."""
+        call.route = "other"
+        scope["recsys"] = call
+        given = False
+
+        async def receive() -> Message:
+            nonlocal given
+            if given:
+                return {"type": "http.disconnect"}
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def back(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *self._own(call, False)]
+            await send(message)
+
+        try:
+            await self.api(scope, receive, back)
+        except Exception:  # FastAPI has answered, and raises it once more
+            LOG.exception("error", extra=about(request_id=call.id, route=call.route))
+        self._finish(call)
+
+    def _own(self, call: Call, close: bool) -> list[tuple[bytes, bytes]]:
+        own = [(b"x-request-id", call.id.encode())]
+        return [*own, (b"connection", b"close")] if close or self.service.leaving else own
+
+    async def _send(self, send: Send, call: Call, reply: Reply, close: bool = False) -> None:
+        call.status = reply.status
+        headers = [
+            (b"content-type", reply.content),
+            (b"content-length", b"%d" % len(reply.body)),
+            *reply.headers,
+            *self._own(call, close),
+        ]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": reply.body})
+        self._finish(call)
+
+    def _finish(self, call: Call) -> None:
+        seconds = self.clock() - call.started
+        self.service.metrics.requests.count(call, seconds)
+        log_request(call, seconds)
+        if self.tracer is not None:
+            self.tracer.record(call, seconds)
 
 
-def serve(bundle: Path, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Answer until stopped, on one thread of arithmetic: two make the slowest answers ten times slower; for more, start more.
+def _headers(scope: Scope, call: Call) -> dict[bytes, bytes]:
+    """Those that are read here; the request's id and its parent go to the call."""
+    said: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in (b"content-length", b"transfer-encoding", b"authorization", b"x-api-key"):
+            said[name] = value
+        elif name == b"x-request-id" and VISIBLE.fullmatch(value):
+            call.id = value.decode()
+        elif name == b"traceparent":
+            call.parent = value.decode("latin-1")
+    return said
 
-    Raises BundleError: as Recommender.load.
-    """
-    import uvicorn
 
-    torch.set_num_threads(1)
-    recommender = Recommender.load(bundle, threads=1)
+def _key(said: Mapping[bytes, bytes]) -> str:
+    scheme, _, key = said.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else said.get(b"x-api-key", b"").decode("latin-1")
+
+
+async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes:
+    """The whole body. Raises Refusal: it does not say its length, is too long, or is of another length than it said."""
+    if b"transfer-encoding" in said:
+        raise Refusal(411, "the body has no Content-Length; send one")
+    length = said.get(b"content-length", b"0")
+    if not length.isdigit() or len(length) > 20 or int(length) > most:
+        raise Refusal(413, f"the body is larger than {most} bytes; send less")
+    wanted = int(length)
+    if not wanted:
+        return b""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(400, "the body ended early; send it again")
+        body += message.get("body", b"")
+        more = message.get("more_body", False) and len(body) <= wanted
+    if len(body) != wanted:
+        raise Refusal(400, f"the body is not of the {wanted} bytes that Content-Length says; send it again")
+    return body
+
+
+def _problem(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Reply:
+    return Reply(status, msgspec.json.encode({"detail": " ".join(detail.split())}), headers)
+
+
+def _refused(refusal: Refusal) -> Reply:
+    headers = []
+    if refusal.retry_after:
+        headers.append((b"retry-after", b"%d" % refusal.retry_after))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return _problem(refusal.status, refusal.detail, *headers)
+
+
+def _api(online: Online) -> FastAPI:
+    """All routes but the hot ones, and the document of all."""
+    service = online.service
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    api = FastAPI(title="recsys", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    api.router.redirect_slashes = False
+    described = msgspec.json.encode(document(__version__))
+
+    def route(method: str, path: str, name: str, work: Callable[[Request, Call], Awaitable[bytes | Reply]]) -> None:
+        async def endpoint(request: Request) -> Response:
+            call: Call = request.scope["recsys"]
+            call.route = name
+            return _response(await online.reply(call, work(request, call)))
+
+        api.add_api_route(path, endpoint, methods=[method], include_in_schema=False, response_model=None)
+
+    for operation, work in _cold(service).items():
+        found = next(each for each in OPERATIONS if each.name == operation)
+        route(found.method, re.sub(r"\{(\w+)\}", r"{\1:path}", found.path), found.path, work)
+    for name, path in {"index.html": "/", "favicon.ico": "/favicon.ico"}.items():
+        route("GET", path, path, lambda request, call, name=name: _page(online.page, name, request))  # type: ignore[misc]
+    route("GET", "/page/{name}", "/page/{name}", lambda request, call: _page(online.page, request.path_params["name"], request))
+    route("GET", "/openapi.json", "/openapi.json", lambda request, call: _at_once(Reply(200, described)))
+    methods: dict[str, list[str]] = {}
+    for each in OPERATIONS:
+        methods.setdefault(each.path, []).append(each.method)
+
+    @api.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            allowed = next((each for path, each in methods.items() if _matches(path, request.url.path)), ["GET"])
+            detail = f"this path takes {', '.join(allowed)}"
+            return _response(_problem(405, detail, (b"allow", ", ".join(allowed).encode())))
+        return _response(_problem(error.status_code, "no such path; /openapi.json names all"))
+
+    for path in ("/v1/recommend", "/v1/rank", "/v1/similar", "/v1/events"):  # for their other methods, and for the 405
+        route("POST", path, path, lambda request, call: _at_once(b""))
+    return api
+
+
+def _matches(template: str, path: str) -> bool:
+    return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(template)), path) is not None
+
+
+async def _at_once(found: bytes | Reply) -> bytes | Reply:
+    return found
+
+
+def _response(reply: Reply) -> Response:
+    response = Response(reply.body, reply.status)
+    response.raw_headers = [
+        (b"content-length", b"%d" % len(reply.body)),
+        (b"content-type", reply.content),
+        *reply.headers,
+    ]
+    return response
+
+
+def _cold(service: Service) -> dict[str, Callable[[Request, Call], Awaitable[bytes | Reply]]]:
+    """What answers each operation that FastAPI routes."""
+
+    async def ready(request: Request, call: Call) -> Reply:
+        return Reply(*service.ready())
+
+    async def metrics(request: Request, call: Call) -> Reply:
+        return Reply(200, service.metrics.text(), content=b"text/plain; version=1.0.0; charset=utf-8")
+
+    async def posted(work: Hot, request: Request, call: Call) -> bytes:
+        return await work(await request.body(), call)
+
+    async def find(request: Request, call: Call) -> bytes:
+        query = request.query_params
+        for name in query:
+            if name not in ("q", "limit"):
+                raise RequestError("query: only q and limit may be given; leave the others out")
+        part, limit = query.get("q", ""), query.get("limit", "20")
+        if not re.fullmatch(r"[1-9][0-9]?|100", limit):
+            raise RequestError("limit: give a whole number from 1 to 100")
+        if len(part) > 500 or len(query.multi_items()) > len(query):
+            raise RequestError("q: give one text of at most 500 letters")
+        return await service.find_items(part, int(limit))
+
+    def named(request: Request, name: str) -> str:
+        found: str = request.path_params[name]
+        if not 0 < len(found) <= 500:
+            raise RequestError(f"{name}: give 1 to 500 letters")
+        return found
+
+    return {
+        "batch": lambda request, call: posted(service.batch, request, call),
+        "add_items": lambda request, call: posted(service.add_items, request, call),
+        "update_items": lambda request, call: posted(service.update_items, request, call),
+        "find_items": find,
+        "item": lambda request, call: service.item(named(request, "item_id")),
+        "remove_item": lambda request, call: service.remove_item(named(request, "item_id")),
+        "filters": lambda request, call: service.filters(),
+        "user": lambda request, call: service.user(named(request, "user_id")),
+        "erase": lambda request, call: service.erase(named(request, "user_id")),
+        "bundle": lambda request, call: service.bundle(),
+        "health": lambda request, call: _at_once(b'{"status":"ok"}'),
+        "ready": ready,
+        "metrics": metrics,
+    }
+
+
+async def _page(folder: Path, name: str, request: Request) -> Reply:
+    """A file of the page, which a browser asks after each time; it comes again only if it changed."""
     try:
-        listener = socket.create_server((host, port), backlog=2048)
+        if not NAMED.fullmatch(name):
+            raise FileNotFoundError
+        content = (folder / name).read_bytes()
+    except OSError:
+        raise Refusal(404, "no such path; /openapi.json names all") from None
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'.encode()
+    headers = (
+        (b"etag", tag),
+        (b"cache-control", b"no-cache"),
+        (b"content-security-policy", POLICY.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    )
+    kind = TYPES[name.rpartition(".")[2]].encode()
+    if tag in [part.strip().encode() for part in request.headers.get("if-none-match", "").split(",")]:
+        return Reply(304, b"", headers, kind)
+    return Reply(200, content, headers, kind)
+
+
+class Server(uvicorn.Server):
+    """Leaves in peace: told to, it says so at /ready, serves on for drain_seconds, takes no more, and ends with 0.
+
+    Told twice, it leaves at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, online: Online) -> None:
+        super().__init__(config)
+        self.online = online
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        service = self.online.service
+        if service.leaving:
+            os._exit(FORCED)
+        service.leaving = True
+        LOG.info("leaving")
+        asyncio.get_running_loop().call_later(service.settings.drain_seconds, self._close)
+
+    def _close(self) -> None:
+        self.should_exit = True
+
+
+def create_app(service: Service, keys: Keys | None = None, tracer: Tracer | None = None, page: Path = PAGE) -> Online:
+    """The application over a service."""
+    return Online(service, keys, tracer, page)
+
+
+def serve(
+    bundle: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    store: str = "sqlite:histories.sqlite",
+    lists: Path | None = None,
+    challenger: str = "",
+    keys: Path | None = None,
+    trace: str = "",
+    tracking: str = "",
+    settings: OnlineSettings | None = None,
+) -> None:
+    """Answer until told to leave, on one thread of arithmetic: two make the slowest answers ten times slower; for more, start
+    more.
+
+    Raises BundleError: as Recommender.load. SetupError: an address, a store, keys or tracing that cannot be. DataError: lists
+    that cannot be read.
+    """
+    settings = settings or OnlineSettings()
+    speak()
+    torch.set_num_threads(1)
+    services: list[Service] = []
+    addresses = {"champion": bundle} | ({"challenger": challenger} if challenger else {})
+
+    def tell(kind: str, detail: str) -> None:
+        LOG.log(logging.INFO if kind == "swap" else logging.WARNING, kind, extra=about(detail=detail))
+        for service in services:
+            name = detail.partition(":")[0]
+            if kind == "swap":
+                service.swapped(name)
+                _settle()
+            else:
+                service.metrics.failed(name)
+
+    other = source_of(challenger, tracking) if challenger else None
+    arms = Arms(source_of(bundle, tracking), other, settings.share if other else 0.0, settings.salt, tell)
+    known = Keys(keys) if keys is not None else None
+    if known is None and host not in ("127.0.0.1", "localhost", "::1"):
+        LOG.warning("open to others without keys", extra=about(detail=f"host {host}; give --keys"))
+    spans = tracer(trace)
+    kept = open_store(store, settings.keep)
+    listed = NightlyLists(lists) if lists is not None else None
+    service = Service(arms, kept, settings, lists=listed, addresses=addresses)
+    services.append(service)
+    online = create_app(service, known, spans)
+    try:
+        listener = socket.create_server((host, port), backlog=BACKLOG)
     except OSError as error:
         raise SetupError(f"{host}:{port}: cannot listen there ({error.strerror}); give another --host or --port") from None
-    recommender.answer(["?"], 1, times=[0], ignore_unknown=True)  # reads ids and titles before the first request
-    uvicorn.Server(uvicorn.Config(create_app(recommender))).run(sockets=[listener])
+    config = uvicorn.Config(
+        online,
+        log_config=None,
+        access_log=False,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        server_header=False,
+        backlog=BACKLOG,
+    )
+    arms.watch(settings.watch_seconds)
+    _settle()
+    here = f"http://{host}:{listener.getsockname()[1]}"
+    LOG.info("listening", extra=about(detail=here, bundle=arms.champion.recommender.id))
+    try:
+        Server(config, online).run(sockets=[listener])
+    finally:
+        arms.close()
+        kept.close()
+        if spans is not None:
+            spans.close()
+
+
+def _settle() -> None:
+    """What is loaded stays; the collector of garbage need not look at it again and again."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

@@ -22,12 +22,13 @@ import torch
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, Sequences
-from recsys.bundle import Directory, renew
+from recsys.bundle import Directory
 from recsys.errors import DataError, RequestError
 from recsys.metrics import measure
 from serving.engine import DepthSettings, Recommender
 from serving.evaluate import judge
 from serving.export import measure_bundle, spread
+from serving.golden import renew
 from serving.index import Index, IndexSettings, lists
 from serving.ranking import ServingSettings
 

@@ -1,26 +1,26 @@
 """Recommendations from a run or a bundle: history → state → candidates → filters → exact scores → ranker → list.
 
 Parity: a history's list is the same alone, in any batch, online and at night, bit for bit. Four things make it so.
-*Encoding*: torch's CPU kernels give a history the same state in any company if it is padded to a length that depends on it
-alone and is a multiple of 16; padded to the longest of its batch, two of three states change in the last bits (1e-6), and
-with them the order of close items. Measured in float32 with widths of 24 to 512, batches of 1 to 32, 1 and 2 threads, on
-AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events and 20 % for those of 50.
-*Search*: an index only names candidates, and how many it is asked for depends on the request and the history alone; so does
-whether the events of a long history are left out by the search or afterwards.
-*Scores*: candidates that rounding could have put in or out are scored again, in float64, each product by itself.
+*Encoding*: the kernels of torch and of ONNX Runtime give a history the same state in any company, and behind what was kept of
+it, if it is padded to a length that depends on it alone and is a multiple of 16; padded to the longest of its batch, two of
+three states change in the last bits (1e-6), and with them the order of close items. Measured in float32 with widths of 24 to
+512, batches of 1 to 32, 1 and 2 threads, on AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events and
+20 % for those of 50.
+*Search* and *scores*: serving/retrieval.py says how.
 *Ranking*: candidates and looked-at events are padded to multiples of 16 as well, whatever the history, and sums over a width
 that end in one number are no matrix products.
+A bundle is read by its graphs on the CPU, and by torch on a GPU or where a history may leave the model early.
 
-B histories · E width · V items · n, C candidates · k places of a list
+B histories · T positions · E width · V items · N candidates · C given items · k places of a list
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
-from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
+from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch
 from recsys.bundle import MANIFEST, Directory, open_directory
 from recsys.config import Settings
 from recsys.errors import BundleError, RequestError, SetupError
@@ -38,25 +38,17 @@ from recsys.model import model_from
 from recsys.ranker import Known, Look, ranker_from
 from serving.calibration import Calibration
 from serving.catalogue import ITEMS, Catalogue, Find
-from serving.filters import allowed_lines, seen, until
+from serving.filters import allowed_lines, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
-from serving.lists import Lists, best
+from serving.lists import Lists
 from serving.ranking import ServingSettings, candidates, chosen_blocks, listed, of_rows, rank
+from serving.reader import MODEL_GRAPH, POSITIONS, GraphRanker, GraphReader, Seen, asked_at, ranker_file
+from serving.retrieval import QUERIES, find, products, taken
 
+Array = np.ndarray[Any, Any]
 VECTORS = "vectors.safetensors"
-POSITIONS = 16
-"""Histories are padded to a multiple of this."""
 TOKENS = 2048
 """Padded events encoded at once: what stays in a core's cache; 16,384 are 2 to 30 % slower."""
-QUERIES = 16
-"""Histories searched at once; from 20 on FAISS takes other kernels, which round otherwise."""
-MARGIN = 16
-"""Candidates beyond k that are scored exactly, where an index found them by rounded vectors."""
-FEW = 50_000
-"""Allowed items up to which they are searched exactly, in at most 3 ms of width 64, and nothing is missed: of so many among
-1,000,000, ivf finds 95 % of the best 100."""
-LONG = 1000
-"""Events beyond which a history has a search of its own that leaves them out; to ask for so many more takes longer."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +90,15 @@ class Recommender:
         self.serving = ServingSettings(**self.manifest["recipe"].get(ServingSettings.section, {}))
         self.ranker_blocks = chosen_blocks(self.serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
         self.calibration = Calibration.read(self.manifest.get("calibration"))
+        self.reader: GraphReader | None = None
+        self._graph_rankers: dict[int, GraphRanker] = {}
+        if bundle and device == "cpu":
+            self.reader = GraphReader(self.model, directory.path / MODEL_GRAPH, self.ranker.settings.span if self.ranker else 0)
+            if self.ranker is not None:
+                for depth in range(1, 1 + self.ranker.settings.blocks):
+                    self._graph_rankers[depth] = GraphRanker(self.ranker, self.known, directory.path / ranker_file(depth))
+        rows = torch.arange(FIRST_ITEM + len(self.catalogue) + 1, device=device)  # the last stands for all behind the catalogue
+        self._read_R = self.model.reads(rows).cpu().numpy()
         live_V = self.model.known_V.cpu() & ~self.catalogue.removed[: self.lines]
         self.live_V = None if bool(live_V.all()) else live_V
         self.searcher: Searcher = self.scan
@@ -175,12 +176,13 @@ class Recommender:
         k: int,
         now: int | Tensor | None = None,
         filter_seen: bool = True,
-        deny: Iterable[int] = (),
+        deny: Collection[int] = (),
         allow: Iterable[int] | None = None,
         where: Mapping[str, Any] | None = None,
         diversity: float | None = None,
         popularity: float | None = None,
         probabilities: bool = False,
+        took: dict[str, float] | None = None,
     ) -> Lists:
         """The k best items for each history of item rows; fewer only where fewer are allowed.
 
@@ -188,6 +190,7 @@ class Recommender:
         that reads the time of requests needs it. `deny` and `allow` are item rows, `where` conditions that items must meet, as
         serving.filters.Attributes has them, `diversity` and `popularity` those of ServingSettings (default: the bundle's).
         With `probabilities` the lists hold them: how probable an item is the next one of all, where no filter is given.
+        To `took` the seconds of each stage are added: encode, retrieve, rank, list.
         Raises RequestError: k below 1, a diversity or popularity that is none, probabilities of a bundle without a calibration,
         no `now` where the model reads it, or a condition that cannot be.
         """
@@ -196,29 +199,69 @@ class Recommender:
         serving = self.serving.asked(diversity, popularity)
         if probabilities and self.calibration is None:
             raise RequestError(f"{self.path}: its scores are not calibrated; export it with --dataset, or ask for scores alone")
+        clock = Clock(took)
         histories, now = self._as_of(histories, now)
-        meeting_V = self.catalogue.attributes.meeting(where) if where else None
-        meeting_V = None if meeting_V is None else meeting_V[: self.lines]
-        allowed_V = allowed_lines(self.lines, deny, allow, self.live_V, meeting_V)
+        allowed_V = self._allowed(deny, allow, where)
         popular_B = ~self._known(histories)
         named = candidates(serving, self.ranker, self.ranker_blocks, k, beside=probabilities)
         states_BE, look = self._read(histories, now)
-        rows_BK, scores_BK = histories.values.new_zeros(len(histories), k), states_BE.new_zeros(len(histories), k)
-        chances_BK = torch.zeros_like(scores_BK)
-        for popular in sorted(set(popular_B.tolist())):
-            chosen = (popular_B == popular).nonzero().flatten()
-            hidden = _take(histories, chosen) if filter_seen else None
+        clock.lap("encode")
+        rows_BK, scores_BK = torch.zeros(len(histories), k, dtype=torch.int64), torch.zeros(len(histories), k)
+        chances_BK = torch.zeros_like(scores_BK) if probabilities else None
+        for popular in {*popular_B.tolist()}:
+            chosen = torch.from_numpy(np.flatnonzero(popular_B == popular))
+            every = len(chosen) == len(histories)
+            hidden = (histories if every else taken(histories, chosen)) if filter_seen else None
             if popular:
                 ones = states_BE.new_ones(len(chosen), 1)
                 rows_BK[chosen], scores_BK[chosen] = find(self.popularity, self.popularity, ones, k, hidden, allowed_V)
                 continue
-            rows_BN, scores_BN = find(self.searcher, self.scan, states_BE[chosen], named, hidden, allowed_V)
-            scores_BN = self._rank(rows_BN, scores_BN, look and look.take(chosen))
-            rows_BK[chosen], scores_BK[chosen] = listed(rows_BN, scores_BN, self.known, serving, k)
-            if probabilities and self.calibration is not None:
-                chances_BN = self.calibration.probabilities(scores_BN.cpu()).to(scores_BN.device)
-                chances_BK[chosen] = of_rows(rows_BK[chosen], rows_BN, chances_BN, 0.0)
-        return Lists(rows_BK.cpu(), scores_BK.cpu(), popular_B.cpu(), chances_BK.cpu() if probabilities else None)
+            own_BE, own = (states_BE, look) if every else (states_BE[chosen], look and look.take(chosen))
+            rows_BN, scores_BN = find(self.searcher, self.scan, own_BE, named, hidden, allowed_V)
+            clock.lap("retrieve")
+            scores_BN = self._rank(rows_BN, scores_BN, own)
+            clock.lap("rank")
+            in_order = own is None and named == k and not serving.diversity and not serving.popularity
+            list_BK = (rows_BN, scores_BN) if in_order else listed(rows_BN, scores_BN, self.known, serving, k)
+            if probabilities and self.calibration is not None and chances_BK is not None:
+                chances_BK[chosen] = of_rows(list_BK[0], rows_BN, self.calibration.probabilities(scores_BN), 0.0)
+            if every:
+                rows_BK, scores_BK = list_BK
+            else:
+                rows_BK[chosen], scores_BK[chosen] = list_BK
+            clock.lap("list")
+        return Lists(rows_BK, scores_BK, torch.from_numpy(popular_B), chances_BK, look is not None)
+
+    @torch.inference_mode()
+    def similar(
+        self,
+        row: int,
+        k: int,
+        deny: Collection[int] = (),
+        allow: Iterable[int] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[tuple[int, float]]:
+        """The k items nearest to one by the cosine of their vectors, without itself: rows and cosines, nearest first.
+
+        Raises RequestError: k below 1, an item without a vector, or a condition that cannot be.
+        """
+        line = row - FIRST_ITEM
+        if k < 1:
+            raise RequestError(f"k is {k}; ask for at least 1 item")
+        if not 0 <= line < self.lines or not self._read_R[row]:
+            raise RequestError(f"the model knows nothing of item {self.catalogue.item_id(row)!r}, so nothing is like it")
+        allowed_V = self._allowed([*deny, row], allow, where)
+        ways = self.directions
+        rows_1K, cosines_1K = find(ways, ways, ways.vectors_VE[line : line + 1], k, None, allowed_V)
+        found = zip(rows_1K[0].tolist(), cosines_1K[0].tolist(), strict=True)
+        return [(near, cosine) for near, cosine in found if near != PADDING]
+
+    @cached_property
+    def directions(self) -> Scan:
+        """Item vectors of length 1."""
+        if self.model.settings.similarity == "cosine":
+            return self.scan
+        return Scan(normalize(self.scan.vectors_VE, dim=1))
 
     @torch.inference_mode()
     def score(
@@ -231,13 +274,13 @@ class Recommender:
         Raises RequestError: no `now` where the model reads it.
         """
         histories, now = self._as_of(histories, now)
-        rows_BC = rows_BC.to(self.scan.vectors_VE.device)
+        rows_BC = rows_BC.cpu()
         lines_BC = rows_BC - FIRST_ITEM
         some_BC = (lines_BC >= 0) & (lines_BC < self.lines)
-        if vectors_BCE is None:
-            vectors_BCE = self.scan.vectors_VE[lines_BC.where(some_BC, 0)]
+        vectors = self.scan.vectors[lines_BC.where(some_BC, 0).numpy()] if vectors_BCE is None else vectors_BCE.cpu().numpy()
         states_BE, look = self._read(histories, now)
-        scores_BC = _score(states_BE, vectors_BCE)
+        pairs = zip(states_BE.cpu().numpy(), np.broadcast_to(vectors, (len(states_BE), *vectors.shape[1:])), strict=True)
+        scores_BC = torch.from_numpy(np.stack([products(state_E, vectors_CE) for state_E, vectors_CE in pairs]))
         if look is not None:
             columns = zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True)
             beside = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
@@ -255,12 +298,14 @@ class Recommender:
         states_1E, look = self._read(history, now)
         if look is None or self.ranker is None:
             return None
-        row_11 = torch.tensor([[row]], device=states_1E.device)
+        row_11 = torch.tensor([[row]])
         beside = find(self.searcher, self.scan, states_1E, self._named, history, self.live_V)
-        score_11 = _score(states_1E, self.scan.vectors_VE[row_11 - FIRST_ITEM])
+        score_11 = torch.from_numpy(products(states_1E[0].cpu().numpy(), self.scan.vectors[row - FIRST_ITEM][None]))[None]
         rows_1N, scores_1N, place_11 = _placed(*beside, row_11, score_11)
         kept: list[Tensor] = []
-        rank(self.ranker, self.ranker_blocks, self.known, rows_1N, scores_1N, look, kept)
+        device = states_1E.device
+        look = look.to(device)
+        rank(self.ranker, self.ranker_blocks, self.known, rows_1N.to(device), scores_1N.to(device), look, kept)
         shares_S = torch.cat(kept)[:, :, place_11[0, 0]].mean((0, 1))
         events = len(self.model.readable(history).values)
         return pad(shares_S[:events].flip(0), (max(0, events - len(shares_S)), 0))
@@ -282,13 +327,21 @@ class Recommender:
         return rows_BN, self._rank(rows_BN, scores_BN, look)
 
     def _rank(self, rows_BN: Tensor, scores_BN: Tensor, look: Look | None) -> Tensor:
-        """The ranker's scores of candidates, or without a look those of retrieval; shape B × N."""
+        """The ranker's scores of candidates, or without a look those of retrieval; shape B × N, on the CPU."""
         if look is None or self.ranker is None:
             return scores_BN
-        out_BN = torch.empty_like(scores_BN)
-        for part in torch.split(torch.arange(len(rows_BN), device=rows_BN.device), QUERIES):
-            out_BN[part] = rank(self.ranker, self.ranker_blocks, self.known, rows_BN[part], scores_BN[part], look.take(part))
-        return out_BN
+        graph, device = self._graph_rankers.get(self.ranker_blocks), self.scan.vectors_VE.device
+        out = []
+        for start in range(0, len(rows_BN), QUERIES):
+            stop = min(start + QUERIES, len(rows_BN))
+            part = rows_BN[start:stop], scores_BN[start:stop]
+            own = look if stop - start == len(rows_BN) else look.take(torch.arange(start, stop))
+            if graph is None:
+                rows, scores = (tensor.to(device) for tensor in part)
+                out.append(rank(self.ranker, self.ranker_blocks, self.known, rows, scores, own.to(device)).cpu())
+            else:
+                out.append(torch.from_numpy(graph.rank(part[0].numpy(), part[1].numpy(), own)))
+        return torch.cat(out) if len(out) != 1 else out[0]
 
     @torch.inference_mode()
     def encode(self, histories: Batch, now: Tensor | None = None) -> Tensor:
@@ -298,6 +351,8 @@ class Recommender:
     def _read(self, histories: Batch, now: Tensor | None) -> tuple[Tensor, Look | None]:
         """The states, and what a ranker looks at; None where none is served."""
         span = self.ranker.settings.span if self.ranker is not None and self.ranker_blocks else 0
+        if self.reader is not None and not self.leave:
+            return self._read_by_graph(self.reader, histories, now, span)
         read = self.model.readable(histories)
         places_B = read.lengths + (self.model.settings.objective == "masked")
         padded_B = (places_B + POSITIONS - 1) // POSITIONS * POSITIONS * (read.lengths > 0)
@@ -306,12 +361,62 @@ class Recommender:
         for positions in sorted(set(padded_B.tolist()) - {0}):
             for chunk in torch.split((padded_B == positions).nonzero().flatten(), max(1, TOKENS // positions)):
                 asked = None if now is None else now[chunk]
-                x_BTE, view = self.model.read(_take(read, chunk), asked, positions=positions, leave=self.leave)
+                x_BTE, view = self.model.read(taken(read, chunk), asked, positions=positions, leave=self.leave)
                 lines_B, last_B = torch.arange(len(chunk), device=chunk.device), view.lengths_B - 1
                 out_BE[chunk] = self.model.place(x_BTE[lines_B, last_B])
                 if look is not None:
                     look.put(chunk, Look.at(x_BTE, view, lines_B, last_B, span))
         return out_BE, look
+
+    def _read_by_graph(
+        self, reader: GraphReader, histories: Batch, now: Tensor | None, span: int
+    ) -> tuple[Tensor, Look | None]:
+        values, times, offsets = histories.values.numpy(), histories.times.numpy(), histories.offsets.tolist()
+        if len(histories) == 1 and len(values):
+            state_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
+            return self.model.place(torch.from_numpy(state_1E)), look
+        out_BE = torch.zeros(len(histories), self.model.settings.embedding_size)
+        looks = Look.empty(out_BE, span) if span else None
+        alike: dict[int, list[int]] = {}
+        for place, (begin, end) in enumerate(pairwise(offsets)):
+            if end > begin:
+                alike.setdefault(self._padded(end - begin), []).append(place)
+        for positions, places in alike.items():
+            at_once = max(1, TOKENS // positions)
+            for start in range(0, len(places), at_once):
+                chunk = torch.tensor(places[start : start + at_once])
+                own = taken(histories, chunk)
+                ends = own.offsets[1:].tolist()
+                seen = self._seen(own.values.numpy(), own.times.numpy(), ends, None if now is None else now[chunk])
+                states_BE, look = reader.read(seen, span)
+                out_BE[chunk] = self.model.place(torch.from_numpy(states_BE))
+                if looks is not None and look is not None:
+                    looks.put(chunk, look)
+        return out_BE, looks
+
+    def _padded(self, events: int) -> int:
+        """Positions of a history."""
+        places = min(events, self.model.readable_events) + (self.model.settings.objective == "masked")
+        return -(-places // POSITIONS) * POSITIONS
+
+    def _seen(self, values: Array, times: Array, ends: list[int], now: Tensor | None) -> Seen:
+        """The last events of histories of one padded length; behind them the mask, if the model has one."""
+        masked, most = self.model.settings.objective == "masked", self.model.readable_events
+        rows_BT = np.zeros((len(ends), self._padded(ends[0])), np.int64)
+        times_BT, lengths_B, now_B = np.zeros_like(rows_BT), np.empty(len(ends), np.int64), np.empty(len(ends), np.int64)
+        begin = 0
+        for line, end in enumerate(ends):
+            first = max(begin, end - most)
+            length = lengths_B[line] = end - first
+            rows_BT[line, :length], times_BT[line, :length] = values[first:end], times[first:end]
+            begin, now_B[line] = end, times[end - 1]
+        if now is not None:
+            now_B = now.numpy()
+        if masked:
+            lines_B = np.arange(len(ends))
+            rows_BT[lines_B, lengths_B], times_BT[lines_B, lengths_B] = UNKNOWN, now_B
+            lengths_B += 1
+        return Seen(rows_BT, times_BT, asked_at(self.model, times_BT, lengths_B, now_B), lengths_B)
 
     def answer(
         self,
@@ -329,12 +434,13 @@ class Recommender:
         probabilities: bool = False,
         ignore_unknown: bool = False,
         find: Find | None = None,
+        took: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         """One list with ids and titles, ready for JSON: bundle, source, unknown (words that are no item), items.
 
         `history` holds ids or titles (`find`: one of them alone), `times` the second of each; `deny` and `allow` hold ids,
-        `where`, `diversity`, `popularity` and `probabilities` are those of recommend. `now` is the clock's, where the model
-        reads it and none is given.
+        `where`, `diversity`, `popularity`, `probabilities` and `took` are those of recommend. `now` is the clock's, where the
+        model reads it and none is given.
         Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; no times where the model reads
         them; as recommend.
         """
@@ -343,7 +449,7 @@ class Recommender:
         batch, now = self.request(rows(history, find or self.catalogue.by_either), times, now)
         denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
-        lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities)
+        lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities, took)
         items = [
             {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}
             for rank, (row, score) in enumerate(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True), 1)
@@ -375,7 +481,8 @@ class Recommender:
 
     def _as_of(self, histories: Batch, now: int | Tensor | None) -> tuple[Batch, Tensor | None]:
         """The histories without events later than `now`, and `now` of each."""
-        histories = histories.to(self.scan.vectors_VE.device)
+        if self.scan.vectors_VE.is_cuda:
+            histories = histories.to(self.scan.vectors_VE.device)
         if now is not None:
             now = torch.as_tensor(now, device=histories.times.device).expand(len(histories))
             return until(histories, now), now
@@ -383,60 +490,34 @@ class Recommender:
             raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
         return histories, None
 
-    def _known(self, histories: Batch) -> Tensor:
+    def _allowed(self, deny: Collection[int], allow: Iterable[int] | None, where: Mapping[str, Any] | None) -> Tensor | None:
+        """Which items a request may have, shape V; None: all."""
+        if not deny and allow is None and not where:
+            return self.live_V
+        meeting_V = self.catalogue.attributes.meeting(where) if where else None
+        return allowed_lines(self.lines, deny, allow, self.live_V, None if meeting_V is None else meeting_V[: self.lines])
+
+    def _known(self, histories: Batch) -> Array:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
+        if len(histories) == 1:
+            last = histories.values[-self.model.readable_events :].cpu().numpy()
+            return np.array([self._read_R.take(np.minimum(last, len(self._read_R) - 1)).any()])
         read = self.model.readable(histories)
-        return torch.bincount(read.owners[self.model.reads(read.values)], minlength=len(read)) > 0
+        known_N = self._read_R.take(np.minimum(read.values.cpu().numpy(), len(self._read_R) - 1))
+        return np.bincount(read.owners.cpu().numpy()[known_N], minlength=len(read)) > 0
 
 
-def find(
-    searcher: Searcher, scan: Scan, states_BE: Tensor, k: int, hidden: Batch | None = None, allowed_V: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows and scores of the k best allowed items for each state, without those of its history in `hidden`; shape B × k."""
-    if allowed_V is not None and np.count_nonzero(allowed_V.numpy()) <= FEW:
-        searcher = scan
-    items, lengths_B = len(scan.vectors_VE), torch.zeros(len(states_BE), dtype=torch.int64, device=states_BE.device)
-    lengths_B = lengths_B if hidden is None else hidden.lengths
-    rows_BK, scores_BK = lengths_B.new_zeros(len(states_BE), k), states_BE.new_zeros(len(states_BE), k)
-    n_B = (2 ** (k + MARGIN + lengths_B).double().log2().ceil()).long().clamp(max=items).masked_fill(lengths_B > LONG, 0)
-    for n in sorted(set(n_B.tolist()) - {0}):
-        for chunk in torch.split((n_B == n).nonzero().flatten(), QUERIES):
-            part = None if hidden is None else _take(hidden, chunk)
-            rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, states_BE[chunk], part, k, n, allowed_V)
-    for one in (n_B == 0).nonzero():
-        assert hidden is not None  # else no history is long
-        unseen_V = allowed_lines(items, _take(hidden, one).values, None, allowed_V)
-        rows_BK[one], scores_BK[one] = find(searcher, scan, states_BE[one], k, None, unseen_V)
-    return rows_BK, scores_BK
+class Clock:
+    """Adds the seconds since the last lap to a stage."""
 
+    def __init__(self, took: dict[str, float] | None) -> None:
+        self.took, self.at = took, time.perf_counter()
 
-def _search(
-    searcher: Searcher, scan: Scan, states_BE: Tensor, hidden: Batch | None, k: int, n: int, allowed_V: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Rows and scores of the k best items outside `hidden`, from n candidates, or more where n do not settle it."""
-    lines_BN, rough_BN = searcher.search(states_BE, n, allowed_V)
-    found_BN = lines_BN >= 0
-    keep_BN = found_BN if hidden is None else found_BN & ~seen(hidden, lines_BN + FIRST_ITEM)
-    places_BN = keep_BN.cumsum(1)
-    if searcher.exact:  # every candidate that rounding could lift above the k-th is scored again
-        kth_B = rough_BN.masked_fill(places_BN < k, -torch.inf).amax(1)
-        rounding_B = 2**-22 * states_BE.shape[1] * states_BE.norm(dim=1) * scan.longest
-        wanted_BN = keep_BN & (rough_BN >= (kth_B - rounding_B)[:, None])
-        settled_B = ~found_BN[:, -1] | (rough_BN[:, -1] < kth_B - rounding_B) | (n == len(scan.vectors_VE))
-    else:
-        wanted_BN = keep_BN & (places_BN <= k + MARGIN)
-        settled_B = found_BN[:, -1]  # else few are allowed where the index looked, and better ones may be elsewhere
-    most = int(wanted_BN.sum(1).max())
-    first_BC = wanted_BN.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
-    lines_BC, wanted_BC = lines_BN.gather(1, first_BC), wanted_BN.gather(1, first_BC)
-    scores_BC = _score(states_BE, scan.vectors_VE[lines_BC.clamp(min=0)]).masked_fill(~wanted_BC, -torch.inf)
-    rows_BK, scores_BK = best(lines_BC + FIRST_ITEM, scores_BC, k)
-    rest = (~settled_B).nonzero().flatten()
-    if len(rest):
-        again, more = (searcher, min(2 * n, len(scan.vectors_VE))) if searcher.exact else (scan, n)
-        part = None if hidden is None else _take(hidden, rest)
-        rows_BK[rest], scores_BK[rest] = _search(again, scan, states_BE[rest], part, k, more, allowed_V)
-    return rows_BK, scores_BK
+    def lap(self, stage: str) -> None:
+        if self.took is not None:
+            at = time.perf_counter()
+            self.took[stage] = self.took.get(stage, 0.0) + at - self.at
+            self.at = at
 
 
 def _placed(rows_BN: Tensor, scores_BN: Tensor, row_B1: Tensor, score_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -444,15 +525,6 @@ def _placed(rows_BN: Tensor, scores_BN: Tensor, row_B1: Tensor, score_B1: Tensor
     hit_BN = rows_BN == row_B1
     place_B1 = torch.where(hit_BN.any(1), hit_BN.byte().argmax(1), hit_BN.shape[1] - 1)[:, None]
     return rows_BN.scatter(1, place_B1, row_B1), scores_BN.scatter(1, place_B1, score_B1), place_B1
-
-
-def _score(states_BE: Tensor, vectors_BCE: Tensor) -> Tensor:
-    """Inner products in float64, rounded to float32: the same for a pair in any company."""
-    return (states_BE.double()[:, None] * vectors_BCE.double()).sum(2).float()
-
-
-def _take(histories: Batch, chosen: Tensor) -> Batch:
-    return gather(histories.values, histories.times, histories.offsets[chosen], histories.offsets[chosen + 1])
 
 
 def _leave(manifest: Mapping[str, Any], settings: DepthSettings) -> list[float]:

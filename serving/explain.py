@@ -117,7 +117,7 @@ def explain(
     Raises RequestError: an unknown item, one that the model knows nothing of, a history of which it knows nothing; as
     Recommender.request. SetupError: the encoder of the items' text is not there.
     """
-    catalogue, device = recommender.catalogue, recommender.scan.vectors_VE.device
+    catalogue = recommender.catalogue
     batch, now = recommender.request([catalogue.resolve(word) for word in history], times, now)
     asked_for = None if item is None else catalogue.resolve(item)
     first = recommender.recommend(batch, 1, now)
@@ -129,13 +129,10 @@ def explain(
     known_V = recommender.model.known_V
     if row - FIRST_ITEM >= len(known_V) or not bool(known_V[row - FIRST_ITEM]):
         raise RequestError(f"the model knows nothing of item {str(item)!r}, so nothing carried it; name another")
-    batch = batch.to(device)
-    whole = batch if now is None else until(batch, torch.tensor([now], device=device))
-    read = recommender.model.readable(whole)
+    read, before = _as_read(recommender, batch, now)
     found = _measure(recommender, read, row, now, generator)
     rows: list[int | None] = [*read.values.tolist(), *[None] * (len(found.shares_S) - len(read.values))]
     drops: list[float | None] = [*found.drops_T.tolist(), *[None] * (len(rows) - len(found.drops_T))]
-    before = len(whole.values) - len(read.values)
     events: list[dict[str, Any]] = [
         {"event": before + place, **_named(recommender, row), "attention": share, "drop": drop}
         for place, (row, share, drop) in enumerate(zip(rows, found.shares_S.tolist(), drops, strict=True), 1)
@@ -148,6 +145,60 @@ def explain(
         told["words"] = _ranked(own)
     figures, measured = found.figures, recommender.manifest.get("faithfulness")
     return Explanation(recommender.id, told, events, figures, measured, found.weights_LHSS.cpu())
+
+
+@torch.inference_mode()
+def reasons(
+    recommender: Recommender, batch: Batch, rows: Sequence[int], now: int | None, most: int = 3
+) -> list[list[dict[str, Any]]]:
+    """For each of several items the events of one history with the largest drops: event, item_id, title and drop.
+
+    An event whose drop is not above 0 carried nothing and is left out.
+    """
+    read, before = _as_read(recommender, batch, now)
+    events, device = len(read.values), read.values.device
+    if not events or not rows:
+        return [[] for _ in rows]
+    out = torch.cat([torch.zeros(1, events, dtype=torch.bool), torch.eye(events, dtype=torch.bool)])
+    scores = recommender.score(_without(read, out.to(device)), torch.tensor([list(rows)] * len(out)), now).double()
+    drops_TK, places = scores[0] - scores[1:], read.values.tolist()
+    largest = drops_TK.topk(min(most, events), dim=0)
+    return [
+        [
+            {"event": before + place + 1, **_named(recommender, places[place]), "drop": drop}
+            for place, drop in zip(largest.indices[:, number].tolist(), largest.values[:, number].tolist(), strict=True)
+            if drop > 0
+        ]
+        for number in range(len(rows))
+    ]
+
+
+@torch.inference_mode()
+def attention(recommender: Recommender, batch: Batch, now: int | None) -> list[dict[str, Any]]:
+    """What the last state draws from each event that the model reads: event, item_id, title, share (together 1), and `layers`,
+    by layer the share of each head. Where the model has a mask, it draws from that too, which is left out.
+    """
+    read, before = _as_read(recommender, batch, now)
+    events = len(read.values)
+    if not events:
+        return []
+    asked = None if now is None else torch.tensor([now], device=read.values.device)
+    weights_LHS = torch.cat(recommender.model.attention(read, asked, recommender.leave))[:, :, -1, :events].double().cpu()
+    shares_S = weights_LHS.mean((0, 1))
+    shares_S = shares_S / shares_S.sum().clamp(min=1e-12)
+    layers_SLH = weights_LHS.permute(2, 0, 1).tolist()
+    return [
+        {"event": before + place, **_named(recommender, row), "share": share, "layers": layers}
+        for place, (row, share, layers) in enumerate(zip(read.values.tolist(), shares_S.tolist(), layers_SLH, strict=True), 1)
+    ]
+
+
+def _as_read(recommender: Recommender, batch: Batch, now: int | None) -> tuple[Batch, int]:
+    """What the model reads of a history, and how many events stand before that."""
+    batch = batch.to(recommender.scan.vectors_VE.device)
+    whole = batch if now is None else until(batch, torch.tensor([now], device=batch.values.device))
+    read = recommender.model.readable(whole)
+    return read, len(whole.values) - len(read.values)
 
 
 @torch.inference_mode()

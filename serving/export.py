@@ -22,12 +22,14 @@ from recsys.content import CONTENT, ENCODER
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from recsys.ranker import COMPANIONS, RANKER
+from serving import golden
 from serving.calibration import MOST, Calibration
 from serving.catalogue import ITEMS
 from serving.engine import VECTORS, DepthSettings, Recommender
 from serving.explain import faithfulness
 from serving.index import INDEX, Index, IndexSettings, Scan
 from serving.ranking import ServingSettings
+from serving.reader import graphs
 
 QUERIES = 512
 """Queries by which the index is measured."""
@@ -91,6 +93,8 @@ def export(
         INDEX: index.write,
     }
     writers |= {file: partial(shutil.copyfile, source / file) for file in COPIED if file in model["files"]}
+    writers |= graphs(recommender.model, recommender.ranker, recommender.known)
+    writers[golden.GOLDEN] = golden.writer(manifest)  # the last: it reads the others
     return publish(out, writers, manifest).manifest
 
 

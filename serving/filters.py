@@ -58,15 +58,11 @@ def _lines(items: int, rows: Iterable[int] | Tensor) -> Tensor:
     return lines[(lines >= 0) & (lines < items)]
 
 
-def seen(histories: Batch, rows_BC: Tensor) -> Tensor:
-    """True where a candidate stands in its own history; bool, shape B × C."""
-    owners_B = torch.arange(len(histories), device=rows_BC.device)
-    return torch.isin(owners_B[:, None] << 32 | rows_BC, histories.owners << 32 | histories.values)
-
-
 def until(histories: Batch, now_B: Tensor) -> Batch:
     """The histories as they stood at `now_B`, in seconds since 1970: later events are left out."""
-    keep = histories.times <= now_B[histories.owners]
+    keep = histories.times <= (now_B if len(now_B) == 1 else now_B[histories.owners])
+    if bool(keep.all()):
+        return histories
     counts_B = torch.bincount(histories.owners[keep], minlength=len(histories))
     return Batch(histories.values[keep], torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]), histories.times[keep])
 

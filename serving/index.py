@@ -84,6 +84,7 @@ class Scan:
 
     def __init__(self, vectors_VE: Tensor) -> None:
         self.vectors_VE = vectors_VE
+        self.vectors: np.ndarray[Any, Any] = vectors_VE.cpu().numpy()
         self.longest = float(vectors_VE.norm(dim=1).max())
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,7 @@ class Index:
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         faiss = _faiss()
-        if self.threads is not None:  # here, since OpenMP keeps the number for each calling thread
+        if self.threads is not None and faiss.omp_get_max_threads() != self.threads:  # OpenMP keeps it for each calling thread
             faiss.omp_set_num_threads(self.threads)
         chosen: dict[str, Any] = {}
         if allowed_V is not None:

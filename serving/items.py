@@ -15,7 +15,7 @@ from features.download import cache_folder
 from features.items import describe, read_attributes, read_table
 from features.schema import POLICIES, DataSettings, Tally
 from recsys.batch import FIRST_ITEM
-from recsys.bundle import Directory, Writer, locked, open_directory, renew
+from recsys.bundle import Directory, Writer, locked, open_directory
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import BundleError, DataError, RequestError
 from recsys.model import ModelSettings, model_from
@@ -23,6 +23,7 @@ from recsys.text import Progress
 from serving.catalogue import ITEMS, REMOVED, Catalogue
 from serving.engine import VECTORS, read_vectors
 from serving.export import NOISY, measure_index, noisy
+from serving.golden import renew
 from serving.index import INDEX, Index, IndexSettings
 
 if TYPE_CHECKING:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from recsys.batch import PADDING, Batch
+
+NARROW = 1024
+"""Candidates up to which all are sorted."""
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Lists:
     """True where the history held nothing that the model knows, so that the list is the most popular items; bool, shape B."""
     probabilities: Tensor | None = None
     """That an item is the user's next one, where they were asked for: float32, shape B × k; 0 for popular lists."""
+    ranked: bool = False
+    """Whether a ranker put the others in order."""
 
     @property
     def sources(self) -> list[str]:
-        """What made each list: model or popularity."""
-        return ["popularity" if popular else "model" for popular in self.popular.tolist()]
+        """What made each list: ranked, retrieved or popularity."""
+        return ["popularity" if popular else "ranked" if self.ranked else "retrieved" for popular in self.popular.tolist()]
 
     @property
     def underfilled(self) -> int:
@@ -44,7 +51,8 @@ class Lists:
         """The lists of consecutive batches as one; none: no lists of k places."""
         none = Lists(torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k), torch.zeros(0, dtype=torch.bool))
         columns = zip(*((part.rows, part.scores, part.popular) for part in (none, *parts)), strict=True)
-        return Lists(*(torch.cat([tensor.cpu() for tensor in column]) for column in columns))
+        rows, scores, popular = (torch.cat([tensor.cpu() for tensor in column]) for column in columns)
+        return Lists(rows, scores, popular, ranked=any(part.ranked for part in parts))
 
 
 class Lister(Protocol):
@@ -59,15 +67,34 @@ class Lister(Protocol):
 
 
 def best(rows_BC: Tensor, scores_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best candidates by score, ties by row ascending: rows and float32 scores, shape B × k, padded on the right.
+    """`ordered`, of each history."""
+    lines = zip(rows_BC.cpu().numpy(), scores_BC.cpu().numpy(), strict=True)
+    found = [ordered(rows_C, scores_C, k) for rows_C, scores_C in lines]
+    rows_BK, scores_BK = np.empty((len(found), k), np.int64), np.empty((len(found), k), np.float32)
+    for place, (rows_K, scores_K) in enumerate(found):
+        rows_BK[place], scores_BK[place] = rows_K, scores_K
+    return torch.from_numpy(rows_BK), torch.from_numpy(scores_BK)
+
+
+def ordered(rows_C: Array, scores_C: Array, k: int) -> tuple[Array, Array]:
+    """The k best candidates by score, ties by row ascending: rows and float32 scores, of length k, padded on the right.
 
     Candidates that score -inf are left out. Score and row make one integer, so that no sort can break a tie otherwise.
     """
-    bits_BC = (scores_BC.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 has other bits than 0.0
-    bits_BC = torch.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC)  # now ordered as the floats are
-    keys_BC = (bits_BC.long() << 32) - rows_BC
-    order_BK = keys_BC.topk(min(k, keys_BC.shape[1]), dim=1).indices
-    scores_BK, rows_BK = scores_BC.float().gather(1, order_BK), rows_BC.gather(1, order_BK)
-    short = k - order_BK.shape[1]
-    rows_BK = rows_BK.masked_fill(scores_BK == -torch.inf, PADDING)
-    return pad(rows_BK, (0, short), value=PADDING), pad(scores_BK, (0, short), value=-torch.inf)
+    scores_C = scores_C.astype(np.float32) + np.float32(0.0)  # -0.0 has other bits than 0.0
+    bits_C = scores_C.view(np.int32).astype(np.int64)
+    bits_C = np.where(bits_C < 0, bits_C ^ 0x7FFFFFFF, bits_C)  # now ordered as the floats are
+    keys_C = rows_C - (bits_C << 32)
+    if NARROW < len(keys_C) > 4 * k:
+        chosen_C = keys_C.argpartition(k)[:k]
+        order_K = chosen_C[keys_C[chosen_C].argsort()]
+    else:
+        order_K = keys_C.argsort()[:k]
+    scores_K, rows_K = scores_C[order_K], rows_C[order_K]
+    if not len(scores_K) or scores_K[-1] == -np.inf:
+        rows_K = np.where(scores_K == -np.inf, PADDING, rows_K)
+    short = k - len(order_K)
+    if short > 0:
+        rows_K = np.concatenate([rows_K, np.full(short, PADDING, rows_K.dtype)])
+        scores_K = np.concatenate([scores_K, np.full(short, -np.inf, np.float32)])
+    return rows_K, scores_K

@@ -99,9 +99,9 @@ def listed(rows_BN: Tensor, scores_BN: Tensor, known: Known, settings: ServingSe
     (1 - diversity) × relevance - diversity × similarity, relevance being the score's place between the lowest and the highest
     candidate, similarity the largest cosine with an item already listed; the first place goes to the largest relevance.
     """
-    worth_BN = scores_BN
-    if settings.popularity:
-        worth_BN = scores_BN - settings.popularity * known.logs(rows_BN)
+    if not settings.popularity and not settings.diversity:
+        return best(rows_BN, scores_BN, k)
+    worth_BN = scores_BN - settings.popularity * known.logs(rows_BN)
     if not settings.diversity:
         order_BK, _ = best(rows_BN, worth_BN, k)
         return order_BK, of_rows(order_BK, rows_BN, scores_BN, -torch.inf)

@@ -18,7 +18,7 @@ import torch
 
 from features.dataset import ATTRIBUTE
 from recsys.batch import FIRST_ITEM, Batch
-from serving.engine import find
+from serving.retrieval import find
 from serving.filters import Attributes, allowed_lines
 from serving.index import Index, IndexSettings, Scan
 from tests.benchmarks.index_recall import vectors

@@ -29,10 +29,11 @@ from recsys.metrics import MISSED, measure
 from recsys.model import WEIGHTS, ModelSettings, SequenceModel
 from recsys.ranker import COMPANIONS, RANKER, Companions, Ranker, RankerSettings
 from serving.catalogue import ITEMS
-from serving.engine import Recommender, find
+from serving.engine import Recommender
 from serving.export import export
 from serving.index import Index, IndexSettings, Scan
 from serving.ranking import listed
+from serving.retrieval import find
 from tests.benchmarks.index_recall import vectors
 
 MODEL = ModelSettings(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import mlflow
 import pytest
@@ -120,6 +125,202 @@ def test_the_champion_is_the_bundle_registered_last_and_the_store_holds_its_file
         assert (str(champion.version), champion.run_id, champion.tags["bundle"]) == (numbers[-1], tracking.run_id, identity)
         assert (artifacts(champion.source) / "weights").read_text() == identity
     assert numbers == ["1", "2"]
+
+
+@pytest.fixture
+def registered(settings: TrackingSettings, request: pytest.FixtureRequest, tmp_path: Path) -> TrackingSettings:
+    """Settings of a registered model of the test's own, of which versions 1 to 3 were registered one after the other."""
+    own = replace(settings, model=request.node.name[-40:].replace("[", "-").replace("]", ""))
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "weights").write_text("seven")
+    tracking = Tracking(own)
+    with tracking.run("three"):
+        assert [tracking.register(tmp_path / "bundle", name) for name in ("one", "two", "three")] == ["1", "2", "3"]
+    return own
+
+
+def champion(settings: TrackingSettings) -> str:
+    (found,) = [str(entry["version"]) for entry in Tracking(settings).versions() if "champion" in entry["aliases"]]
+    return found
+
+
+def nothing_left(settings: TrackingSettings) -> None:
+    before = champion(settings)
+    with pytest.raises(SetupError, match=f"nothing to roll back to, no version was champion before {before}") as refused:
+        Tracking(settings).rollback()
+    assert "\n" not in str(refused.value)
+    assert champion(settings) == before
+
+
+def test_rollbacks_in_a_row_step_back_through_all_that_was_champion(registered):
+    tracking = Tracking(registered)
+    tracking.promote("1")
+    tracking.promote("2")
+    found = []
+    for _ in range(4):
+        found.append(tracking.rollback())
+        assert champion(registered) == found[-1]
+    assert found == ["1", "3", "2", "1"]
+    nothing_left(registered)
+
+
+def test_what_was_rolled_back_is_no_past_and_what_is_promoted_after_it_has_one(registered):
+    tracking = Tracking(registered)
+    assert tracking.rollback() == "2"
+    tracking.promote("3")
+    tracking.promote("3")
+    assert [tracking.rollback(), tracking.rollback()] == ["2", "1"]
+    nothing_left(registered)
+
+
+def test_a_version_that_was_deleted_is_stepped_over(registered, client):
+    client.delete_model_version(registered.model, "2")
+    assert Tracking(registered).rollback() == "1"
+    nothing_left(registered)
+
+
+def test_a_promotion_that_broke_off_between_its_two_steps_is_not_rolled_back_to(registered):
+    tracking = Tracking(registered)
+    tracking._remember("champion", ["1", "2", "3"])  # and the alias did not move
+    assert tracking.rollback() == "2"
+    tracking._remember("champion", ["1", "2"])
+    tracking.promote("3")
+    assert [tracking.rollback(), tracking.rollback()] == ["2", "1"]
+    nothing_left(registered)
+
+
+def test_an_alias_remembers_its_latest_versions(registered, client, monkeypatch):
+    monkeypatch.setattr("recsys.tracking.REMEMBERED", 5)
+    tracking = Tracking(registered)
+    for version in ("1", "2", "1", "2", "1"):
+        tracking.promote(version)
+    told = client.get_registered_model(registered.model).tags["champion.before"].split(",")
+    assert told == ["3", "1", "2", "1", "2"]
+
+
+def test_each_alias_has_a_past_of_its_own(registered):
+    tracking = Tracking(registered)
+    for version in ("1", "3"):
+        tracking.promote(version, "challenger")
+    assert tracking.resolve("challenger")[0] == "3"
+    assert tracking.rollback("challenger") == "1"
+    assert champion(registered) == "3"
+
+
+def test_a_name_is_resolved_to_a_version_and_the_place_of_its_files(registered, folder):
+    tracking = Tracking(registered)
+    assert tracking.resolve("champion") == tracking.resolve("3")
+    version, source = tracking.resolve("2")
+    assert version == "2"
+    place = tracking.fetch(source, folder / "never")
+    assert (place / "weights").read_text() == "seven"
+    assert place.is_relative_to(folder / "mlartifacts")
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda tracking: tracking.promote("7"), "has no version 7 of model"),
+        (lambda tracking: tracking.resolve("7"), "has no version 7 of model"),
+        (lambda tracking: tracking.resolve("challenger"), "has no alias challenger of model"),
+        (lambda tracking: Tracking(replace(tracking.settings, model="none")).rollback(), "has no model none"),
+        (lambda tracking: Tracking(replace(tracking.settings, model="none")).resolve("1"), "has no version 1 of model none"),
+        (lambda tracking: Tracking(TrackingSettings(uri="off")).promote("1"), "tracking is off, and so is the registry"),
+    ],
+    ids=range(6),
+)
+def test_what_the_registry_does_not_have_is_one_line(registered, act, said):
+    with pytest.raises(SetupError, match=said) as refused:
+        act(Tracking(registered))
+    assert "\n" not in str(refused.value)
+    assert champion(registered) == "3"
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The URL of an artifact store that serves tmp_path/store as MLflow's server does, and the paths that were asked for."""
+    store, asked = tmp_path / "store", []
+    root = "/api/2.0/mlflow-artifacts/artifacts"
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(store))
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path)
+            asked.append(path.path.removeprefix(root))
+            if path.path != root:
+                self.path = asked[-1]
+                return super().do_GET()
+            folder = store / parse_qs(path.query)["path"][0]
+            if not folder.exists():
+                return self.send_error(404)
+            found = sorted(folder.iterdir()) if folder.is_dir() else []
+            files = [{"path": each.name, "is_dir": each.is_dir(), "file_size": each.stat().st_size} for each in found]
+            body = json.dumps({"files": files}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}{root}", asked
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_files_of_another_machine_are_downloaded_once_and_whole(settings, remote, tmp_path):
+    url, asked = remote
+    (tmp_path / "store" / "bundles" / "one").mkdir(parents=True)
+    for name in ("weights", "items"):
+        (tmp_path / "store" / "bundles" / "one" / name).write_text(name * 5)
+    place = Tracking(settings).fetch(f"{url}/bundles/one", tmp_path / "cache" / "one")
+    assert place == tmp_path / "cache" / "one"
+    assert {path.name: path.read_text() for path in place.iterdir()} == {"weights": "weights" * 5, "items": "items" * 5}
+    assert list((tmp_path / "cache").iterdir()) == [place]
+    asked.clear()
+    assert Tracking(settings).fetch(f"{url}/bundles/one", place) == place
+    assert asked == []
+
+
+def test_files_that_do_not_arrive_are_one_line_and_leave_nothing(settings, remote, tmp_path):
+    url, _ = remote
+    with pytest.raises(SetupError, match="does not arrive in") as refused:
+        Tracking(settings).fetch(f"{url}/bundles/none", tmp_path / "cache" / "none")
+    assert "\n" not in str(refused.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_command_lists_promotes_and_rolls_back(registered, run, capsys):
+    where = ("--set", f"tracking.uri={registered.uri}", "--set", f"tracking.model={registered.model}")
+    assert run("bundles", "list", *where, "--json") == 0
+    assert [(entry["version"], entry["bundle"]) for entry in json.loads(capsys.readouterr().out)] == [
+        *((3, "three"), (2, "two"), (1, "one")),
+    ]
+    assert run("bundles", "promote", 1, *where) == 0
+    assert capsys.readouterr().out == "version 1 is champion\n"
+    assert champion(registered) == "1"
+    assert run("bundles", "rollback", *where, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"version": 3}
+    assert run("bundles", "promote", 7, *where) == 2
+    assert f"recsys: MLflow at {registered.uri} has no version 7 of model {registered.model}" in capsys.readouterr().err
+    assert run("bundles", "rollback", "--set", "model.blocks=3") == 2
+    assert "this verb reads [tracking] alone" in capsys.readouterr().err
+    assert run("bundles", "list", *where) == 0
+    assert "champion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["list", "promote", "rollback"])
+def test_every_verb_of_bundles_has_an_example(verb, run, capsys):
+    assert run("bundles", verb, "--help") == 0
+    assert f"Example: recsys bundles {verb}" in capsys.readouterr().out
 
 
 def test_the_settings_come_before_the_environment_and_that_before_the_working_directory(monkeypatch, tmp_path):

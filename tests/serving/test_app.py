@@ -1,49 +1,87 @@
-"""The HTTP edge, in process and as a real server."""
+"""The HTTP edge, in process."""
 
-import socket
-import subprocess
-import sys
-import time
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import anyio
+import msgspec
+import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
 from features.dataset import Dataset
-from recsys.errors import SetupError
-from serving.app import BODY, create_app, serve
+from serving import messages
+from serving.app import Online
 from serving.engine import Recommender
-from serving.export import export
-from serving.index import IndexSettings
-from tests.serving.conftest import write_run
+from serving.explain import explain
+from serving.items import remove
+from serving.nightly import nightly
+from tests.serving.online import asked, client_of, made
+
+BODY = 2**20
+HOT = ("/v1/recommend", "/v1/similar", "/v1/rank", "/v1/events")
+
+
+@pytest.fixture(scope="module")
+def online(bundles: dict[str, Path]) -> Online:
+    return made(bundles["exact"])
+
+
+@pytest.fixture(scope="module")
+def client(online: Online) -> Iterator[TestClient]:
+    with client_of(online) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def recommender(bundles: dict[str, Path]) -> Recommender:
-    return Recommender.load(bundles["exact"])
+    return Recommender.load(bundles["exact"], threads=1)
 
 
-@pytest.fixture(scope="module")
-def client(recommender: Recommender) -> Iterator[TestClient]:
-    with TestClient(create_app(recommender)) as client:
-        yield client
-
-
-def ask(client: TestClient, **question: Any) -> Any:
-    response = client.post("/v1/recommend", json=question)
+def ask(client: TestClient, path: str = "/v1/recommend", **question: Any) -> Any:
+    response = client.post(path, json=question)
     assert response.status_code == 200, response.text
     return response.json()
 
 
+def happened(client: TestClient, user_id: int | str, *items: int | str, begin: int = 1000) -> None:
+    events = [{"user_id": user_id, "item_id": item, "time": begin + place} for place, item in enumerate(items)]
+    ask(client, "/v1/events", events=events)
+
+
+def same(answer: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(answer[name] == other[name] for name in ("bundle", "unknown", "items"))
+
+
 def test_an_answer_is_the_recommenders(client: TestClient, recommender: Recommender) -> None:
     history = [5, 7, 11]
-    assert ask(client, history=history, k=13) == recommender.answer(history, 13)
-    assert ask(client, titles=[f"Story {item} of 997" for item in history], k=13) == recommender.answer(history, 13)
+    assert same(ask(client, history=history, k=13), recommender.answer(history, 13))
+    assert same(ask(client, titles=[f"Story {item} of 997" for item in history], k=13), recommender.answer(history, 13))
+    assert ask(client, history=history)["source"] == "retrieved"
     assert ask(client)["source"] == "popularity"
     assert len(ask(client)["items"]) == 10
+
+
+def test_a_kept_history_gives_the_list_of_that_history(client: TestClient, recommender: Recommender) -> None:
+    happened(client, "u/1", 5, 7, 11)
+    happened(client, 7, 13, "of another shop", 17)
+    assert same(ask(client, user_id="u/1", k=13), recommender.answer([5, 7, 11], 13))
+    foreign = ask(client, user_id="7", k=13)
+    assert foreign["items"] == recommender.answer([13, 17], 13)["items"]
+    assert foreign["unknown"] == ["of another shop"]
+    assert ask(client, user_id="u/1", now=1001, k=13)["items"] == recommender.answer([5, 7], 13)["items"]
+    assert ask(client, user_id="nobody")["source"] == "popularity"
+
+
+def test_a_ranked_list_says_so(ranked_bundles: dict[str, Path]) -> None:
+    recommender, times = Recommender.load(ranked_bundles["companions"], threads=1), [10, 500, 700]
+    with asked(ranked_bundles["companions"]) as client:
+        answer = ask(client, history=[5, 7, 11], times=times, k=13)
+        assert answer["source"] == "ranked"
+        assert same(answer, recommender.answer([5, 7, 11], 13, times=times))
+        assert client.get("/v1/bundle").json()["arms"][0]["ranker"] is True
 
 
 def test_every_option_reaches_the_recommender(client: TestClient, recommender: Recommender) -> None:
@@ -57,11 +95,16 @@ def test_every_option_reaches_the_recommender(client: TestClient, recommender: R
     ignored = ask(client, history=[5, 10**6, "no"], ignore_unknown=True)
     assert ignored["unknown"] == [10**6, "no"]
     assert ignored["items"] == recommender.answer([5])["items"]
+    for option in ({"diversity": 0.7}, {"popularity": 2.5}):
+        assert ask(client, history=[5, 7], k=31, **option)["items"] == recommender.answer([5, 7], 31, **option)["items"]  # type: ignore[arg-type]
+    calibrated = recommender.calibration is not None
+    response = client.post("/v1/recommend", json={"history": [5], "probabilities": True})
+    assert ("probability" in response.text) == calibrated == (response.status_code == 200)
 
 
-def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) -> None:
-    recommender = Recommender.load(stocked_run)
-    with TestClient(create_app(recommender)) as client:
+def test_conditions_reach_the_recommender_and_are_documented(stocked_bundles: dict[str, Path]) -> None:
+    recommender = Recommender.load(stocked_bundles["exact"], threads=1)
+    with asked(stocked_bundles["exact"]) as client:
         for where in (
             {"in_stock": True, "price": {"min": 2, "max": 4.5}},
             {"brand": ["brand 1", "brand 3"], "categories": "lamp"},
@@ -70,7 +113,7 @@ def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) 
             {"later": "x"},
             {},
         ):
-            assert ask(client, history=[5, 7], k=31, where=where) == recommender.answer([5, 7], 31, where=where)
+            assert same(ask(client, history=[5, 7], k=31, where=where), recommender.answer([5, 7], 31, where=where))
         for wrong, named in (
             ({"stock": True}, "items have no 'stock'; did you mean in_stock?"),
             ({"in_stock": "yes"}, "'in_stock' holds true or false, found 'yes'"),
@@ -88,7 +131,9 @@ def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) 
             assert "\n" not in response.json()["detail"]
             assert len(response.json()["detail"]) < 700
         assert client.post("/v1/recommend", content=b'{"where": {"price": {"min": NaN}}}').status_code == 422
-        where = client.get("/openapi.json").json()["components"]["schemas"]["Question"]["properties"]["where"]
+        where = client.get("/openapi.json").json()["components"]["schemas"]["Recommend"]["properties"]["where"]
+        kinds = {name: each["kind"] for name, each in client.get("/v1/filters").json()["filters"].items()}
+        filters = client.get("/v1/filters").json()["filters"]
     assert where["maxProperties"] == 50
     assert [kind["type"] for kind in where["additionalProperties"]["anyOf"]] == [
         "boolean",
@@ -100,6 +145,12 @@ def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) 
     recommender.catalogue.attributes.meeting(
         {"categories": "lamp", **{name: where["examples"][0][name] for name in ("in_stock", "price")}}
     )
+    texts = dict.fromkeys(("categories", "brand", "tags"), "text")
+    assert kinds == {**texts, "in_stock": "boolean", "price": "number", "later": "nothing"}
+    assert (filters["price"]["min"], filters["price"]["max"]) == (0, 6)
+    assert sorted(filters["brand"]["values"]) == [f"brand {number}" for number in range(5)]
+    for value in filters["categories"]["values"]:
+        assert bool(recommender.catalogue.attributes.meeting({"categories": value}).any())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +160,16 @@ def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) 
         ({"titles": ["Storie 5 of 997"]}, "'Story 5 of 997'"),
         ({"deny": ["gone"]}, "no item 'gone'"),
         ({"history": [1], "titles": ["Story 1 of 997"]}, "give one of them"),
+        ({"history": [1], "user_id": "x"}, "give one of them"),
+        ({"user_id": "x", "times": [1]}, "leave them out"),
+        ({"user_id": "x", "deny": ["gone"]}, "no item 'gone'"),
+        ({"user_id": "é" * 300}, "600 bytes"),
+        ({"user_id": ""}, "user_id"),
+        ({"arm": "challenger"}, "ask for champion"),
+        ({"k": 21, "explain": True, "history": [5]}, "at most 20"),
         ({"k": 0}, "k"),
         ({"k": 1001}, "k"),
+        ({"deadline_ms": 0}, "deadline_ms"),
         ({"histroy": [1]}, "histroy"),
         ({"history": [1], "now": 3}, "without times"),
         ({"history": [[1]]}, "history"),
@@ -118,6 +177,7 @@ def test_conditions_reach_the_recommender_and_are_documented(stocked_run: Path) 
         ({"history": [1], "times": [2, 3]}, "2 times for 1 events"),
         ({"titles": ["x" * 501]}, "titles"),
         ({"history": [1] * 10_001}, "history"),
+        ({"history": [2**63]}, "history"),
     ],
 )
 def test_a_wrong_request_gets_one_line(question: dict[str, Any], named: str, client: TestClient) -> None:
@@ -127,52 +187,354 @@ def test_a_wrong_request_gets_one_line(question: dict[str, Any], named: str, cli
     assert "\n" not in response.json()["detail"]
 
 
-def test_a_body_that_is_no_json_or_too_long_or_of_unknown_length_is_refused(client: TestClient) -> None:
-    assert client.post("/v1/recommend", content=b"{").status_code == 422
-    assert client.post("/v1/recommend", content=b" " * (BODY + 1)).status_code == 413
-    assert client.post("/v1/recommend", content=iter([b"{}"])).status_code == 411
+@pytest.mark.parametrize("path", [*HOT, "/v1/recommend/batch", "/v1/items"])
+def test_a_body_that_is_no_json_or_too_long_or_of_unknown_length_is_refused(path: str, client: TestClient) -> None:
+    bombs = [b"[" * 100_000, b'{"where":{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}", b'{"history":["\xff"]}', b"\xff\xfe"]
+    for content in [b"{", b"", b"null", b'"x"', *bombs]:
+        response = client.post(path, content=content)
+        assert response.status_code == 422, content[:20]
+        assert "\n" not in response.json()["detail"]
+    assert client.post(path, content=b" " * (BODY + 1)).status_code == 413
+    assert client.post(path, content=iter([b"{}"])).status_code == 411
+
+
+def call(online: Online, path: str, headers: dict[str, str], *parts: bytes) -> tuple[int, int]:
+    """Status of a request whose body comes in parts, and how many were read; behind them the client is gone."""
+    sent: list[Any] = []
+    left = list(parts)
+
+    async def receive() -> Any:
+        if not left:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": left.pop(0), "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b"", "client": ("here", 1)}
+    anyio.run(online, scope, receive, send)
+    return sent[0]["status"], len(parts) - len(left)
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/recommend/batch"])
+def test_a_body_is_refused_before_it_is_read_or_as_soon_as_it_lied(path: str, online: Online) -> None:
+    assert call(online, path, {"content-length": str(BODY + 1)}, b"x") == (413, 0)
+    assert call(online, path, {"content-length": "-1"}, b"x") == (413, 0)
+    assert call(online, path, {"content-length": "9" * 5000}, b"x") == (413, 0)
+    assert call(online, path, {"transfer-encoding": "chunked"}, b"x") == (411, 0)
+    assert call(online, path, {"content-length": "7"}, b"{}", b" ") == (400, 2)  # fewer bytes, then gone
+    assert call(online, path, {"content-length": "2"}, b"{} ", *[b" " * 1000] * 1000) == (400, 1)
+
+
+def test_body_bytes_is_the_most_that_is_read(bundles: dict[str, Path]) -> None:
+    with asked(bundles["exact"], body_bytes=1009) as client:
+        assert client.post("/v1/recommend", content=b"{}" + b" " * 1007).status_code == 200
+        assert client.post("/v1/recommend", content=b"{}" + b" " * 1008).status_code == 413
 
 
 def test_health_readiness_and_documents_answer(client: TestClient, recommender: Recommender) -> None:
     assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/ready").json()["bundle"] == recommender.id
-    assert client.get("/docs").status_code == 200
-    question = client.get("/openapi.json").json()["components"]["schemas"]["Question"]
-    for example in question["examples"]:
-        assert client.post("/v1/recommend", json={**example, "ignore_unknown": True}).status_code == 200
+    ready = client.get("/ready").json()
+    assert (ready["status"], ready["bundle"], ready["items"], ready["store"]) == ("ready", recommender.id, 997, "ok")
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name, path in (("Recommend", "/v1/recommend"), ("Rank", "/v1/rank")):
+        for example in schemas[name]["examples"]:
+            assert client.post(path, json={**example, "ignore_unknown": True}).status_code == 200
+    for example in schemas["Events"]["examples"]:
+        assert client.post("/v1/events", json=example).status_code == 200
+    assert client.get("/docs").status_code == 404  # it would read a page of another host
 
 
-@pytest.mark.parametrize("timed", [False, True])
-def test_a_real_server_answers_what_the_recommender_does(
-    timed: bool, bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
+def test_every_answer_is_of_the_form_that_the_document_says(client: TestClient, recommender: Recommender) -> None:
+    happened(client, "form", 5, 7)
+    forms = {each.name: each.answer for each in messages.OPERATIONS}
+    answers = {
+        "recommend": client.post("/v1/recommend", json={"user_id": "form", "explain": True}),
+        "batch": client.post("/v1/recommend/batch", json={"users": ["form", "nobody"]}),
+        "similar": client.post("/v1/similar", json={"item_id": 5}),
+        "rank": client.post("/v1/rank", json={"user_id": "form", "items": [1, 2, 3]}),
+        "events": client.post("/v1/events", json={"events": [{"user_id": "form", "item_id": 5}]}),
+        "find_items": client.get("/v1/items", params={"q": "story"}),
+        "item": client.get("/v1/items/5"),
+        "filters": client.get("/v1/filters"),
+        "user": client.get("/v1/users/form"),
+        "erase": client.delete("/v1/users/form"),
+        "bundle": client.get("/v1/bundle"),
+        "health": client.get("/health"),
+        "ready": client.get("/ready"),
+    }
+    for name, response in answers.items():
+        assert response.status_code == 200, (name, response.text)
+        form = forms[name]
+        assert form is not None
+        known = set(form.__struct_fields__)
+        assert set(response.json()) <= known, name
+        msgspec.json.decode(response.content, type=form)
+
+
+def test_a_request_id_comes_back_or_is_made(client: TestClient) -> None:
+    for path in ("/v1/recommend", "/health", "/nowhere"):
+        made_up = [client.post(path, json={}).headers["x-request-id"] for _ in range(3)]
+        assert len(set(made_up)) == 3
+        given = client.post(path, json={}, headers={"x-request-id": "mine-1"})
+        assert given.headers["x-request-id"] == "mine-1"
+        for wrong in ("x" * 101, "a b", ""):
+            assert client.post(path, json={}, headers={"x-request-id": wrong}).headers["x-request-id"] != wrong
+
+
+def test_other_paths_and_methods_are_refused_in_json(client: TestClient) -> None:
+    for path in ("/nowhere", "/v1", "/v1/", "/v1/recommend/", "/docs", "/v1/items/5/x"):
+        response = client.get(path)
+        assert response.status_code == 404, path
+        assert response.json()["detail"]
+    for each in messages.OPERATIONS:
+        path = each.path.replace("{item_id}", "5").replace("{user_id}", "5")
+        allowed = {other.method for other in messages.OPERATIONS if other.path == each.path}
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"} - allowed:
+            response = client.request(method, path)
+            assert response.status_code == 405, (method, path)
+            assert response.headers["allow"] == ", ".join(
+                other.method for other in messages.OPERATIONS if other.path == each.path
+            )
+            assert response.json()["detail"]
+
+
+def test_items_are_put_in_order_as_lists_have_them(client: TestClient, recommender: Recommender) -> None:
+    whole = [item["item_id"] for item in recommender.answer([5, 7, 11], 997, filter_seen=False)["items"]]
+    some = [13, 5, 800, 2, 401]
+    ranked = ask(client, "/v1/rank", history=[5, 7, 11], items=some + some[:2])
+    assert [item["item_id"] for item in ranked["items"]] == [item for item in whole if item in some]
+    assert [item["rank"] for item in ranked["items"]] == [1, 2, 3, 4, 5]
+    all_of_them = ask(client, "/v1/rank", history=[5, 7, 11], items=list(range(997)))
+    assert [item["item_id"] for item in all_of_them["items"]] == whole  # so many that a thread of its own does it
+    assert client.post("/v1/rank", json={"items": ["gone"]}).status_code == 422
+    assert ask(client, "/v1/rank", items=["gone"], ignore_unknown=True)["unknown"] == ["gone"]
+
+
+def test_similar_items_are_the_recommenders(client: TestClient, recommender: Recommender) -> None:
+    row = recommender.catalogue.by_id(5)
+    assert row is not None
+    found = recommender.similar(row, 13, [3], None, None)
+    told = ask(client, "/v1/similar", item_id=5, k=13, deny=[1])
+    assert [(item["item_id"], item["score"]) for item in told["items"]] == [
+        (recommender.catalogue.item_id(other), pytest.approx(score)) for other, score in found
+    ]
+    assert 5 not in [item["item_id"] for item in told["items"]]
+    assert (told["item_id"], told["title"]) == (5, "Story 5 of 997")
+
+
+def test_a_batch_has_each_users_own_list(client: TestClient, recommender: Recommender) -> None:
+    happened(client, "b1", 5, 7, 11)
+    happened(client, 2, 13, "gone")
+    told = ask(client, "/v1/recommend/batch", users=["b1", 2, "nobody"], k=13, deny=[1])["answers"]
+    assert [answer["source"] for answer in told] == ["retrieved", "retrieved", "popularity"]
+    assert same(told[0], recommender.answer([5, 7, 11], 13, deny=[1]))
+    assert told[1]["items"] == recommender.answer([13], 13, deny=[1])["items"]
+    assert told[1]["unknown"] == ["gone"]
+
+
+def test_events_are_kept_once_and_counted(client: TestClient) -> None:
+    events = [
+        {"user_id": "e", "item_id": 5, "time": 20, "event_id": "a"},
+        {"user_id": "e", "item_id": "gone", "time": 10},
+        {"user_id": 3, "item_id": "7"},
+    ]
+    assert ask(client, "/v1/events", events=events[:2]) == {"added": 2, "known": 1, "unknown": 1}
+    assert ask(client, "/v1/events", events=events[:2])["added"] == 0
+    assert ask(client, "/v1/events", events=events) == {"added": 1, "known": 2, "unknown": 1}
+    told = client.get("/v1/users/e").json()
+    assert [(event["item_id"], event["time"]) for event in told["events"]] == [("gone", 10), (5, 20)]
+    assert [event["title"] for event in told["events"]] == [None, "Story 5 of 997"]
+
+
+def test_keep_is_how_many_events_of_a_user_are_kept(bundles: dict[str, Path]) -> None:
+    with asked(bundles["exact"], keep=3) as client:
+        happened(client, "u", 5, 7, 11, 13)
+        assert [event["item_id"] for event in client.get("/v1/users/u").json()["events"]] == [7, 11, 13]
+
+
+def test_reasons_are_the_largest_drops_and_attention_the_models(client: TestClient, recommender: Recommender) -> None:
+    import torch
+
+    history = [5, 7, 11, 13, 17, 19]
+    answer = ask(client, history=history, k=5, explain=True)
+    assert [item["item_id"] for item in answer["items"]] == [
+        item["item_id"] for item in recommender.answer(history, 5)["items"]
+    ]
+    item = answer["items"][1]
+    found = explain(recommender, history, torch.Generator().manual_seed(0), item=item["item_id"])
+    drops = {event["event"]: event["drop"] for event in found.events}
+    largest = [number for number in sorted(drops, key=lambda number: -drops[number]) if drops[number] > 0][:3]
+    assert [reason["event"] for reason in item["reasons"]] == largest
+    assert [reason["drop"] for reason in item["reasons"]] == pytest.approx([drops[number] for number in largest], rel=1e-4)
+    assert [event["share"] for event in answer["attention"]] == pytest.approx(
+        [event["attention"] for event in found.events], rel=1e-4
+    )
+    layers = torch.tensor([event["layers"] for event in answer["attention"]])
+    assert torch.allclose(layers.permute(1, 2, 0), found.weights_LHSS[:, :, -1], atol=1e-6)
+
+
+def test_explanations_work_with_a_ranker_and_count_events_of_the_whole_history(ranked_bundles: dict[str, Path]) -> None:
+    with asked(ranked_bundles["look"]) as client:
+        happened(client, "u", *range(2, 63))
+        answer = ask(client, user_id="u", k=2, explain=True)
+    assert answer["source"] == "ranked"
+    assert [event["event"] for event in answer["attention"]] == list(range(12, 62))
+    assert sum(event["share"] for event in answer["attention"]) == pytest.approx(1)
+    for item in answer["items"]:
+        drops = [reason["drop"] for reason in item["reasons"]]
+        assert drops == sorted(drops, reverse=True)
+
+
+def test_titles_are_found_by_any_part_in_any_case_most_popular_first(client: TestClient, recommender: Recommender) -> None:
+    titles = recommender.catalogue.titles
+    for part in ("STORY 9", "99", "of 997", "y 5 o", ""):
+        expected = [title for title in titles if part.casefold() in title.casefold()][:20]
+        assert [hit["title"] for hit in client.get("/v1/items", params={"q": part}).json()["items"]] == expected
+    assert client.get("/v1/items", params={"q": "nothing of the kind"}).json() == {"items": []}
+    assert client.get("/v1/items", params={"q": "of 997\nStory"}).json() == {"items": []}  # not across titles
+    assert len(client.get("/v1/items", params={"q": "s", "limit": 7}).json()["items"]) == 7
+    for wrong in ({"limit": "0"}, {"limit": "101"}, {"limit": "x"}, {"q": "x" * 501}, {"other": "1"}):
+        assert client.get("/v1/items", params=wrong).status_code == 422
+    assert client.get("/v1/items/5").json()["title"] == "Story 5 of 997"
+    assert client.get("/v1/items/gone").status_code == 404
+
+
+def test_items_change_while_it_serves(shop_bundles: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(shop_bundles["exact"], bundle)
+    lamp = {"item_id": 7001, "title": "brass desk lamp with a green shade", "kind": "lamp", "price": 0.0}
+    with asked(bundle) as client:
+        before = client.get("/ready").json()
+        added = client.post("/v1/items", json={"items": [lamp]})
+        assert added.status_code == 200, added.text
+        assert added.json()["changes"] == {"added": 1, "unknown": 0}
+        after = client.get("/ready").json()
+        assert after["bundle"] == added.json()["bundle"] != before["bundle"]
+        assert after["items"] == before["items"] + 1
+        assert client.get("/v1/items", params={"q": "green shade", "limit": 100}).json()["items"][-1]["item_id"] == 7001
+        assert 7001 in [item["item_id"] for item in ask(client, history=[0, 7], k=100)["items"]]
+        assert client.post("/v1/items", json={"items": [lamp]}).status_code == 422
+        updated = client.put("/v1/items", json={"items": [{**lamp, "title": "another lamp"}]})
+        assert updated.json()["changes"]["updated"] == 1
+        assert client.get("/v1/items/7001").json()["title"] == "another lamp"
+        wrong = client.put("/v1/items", json={"items": [{"item_id": 7001, "nothing": "here"}]})
+        assert wrong.status_code == 422
+        assert str(tmp_path) not in wrong.text
+        assert "/tmp" not in wrong.text
+        assert client.delete("/v1/items/7001").json()["changes"] == {"removed": 1}
+        assert 7001 not in [item["item_id"] for item in ask(client, history=[0, 7], k=100)["items"]]
+        assert client.get("/v1/items/7001").json()["recommended"] is False
+        assert client.delete("/v1/items/gone").status_code == 404
+
+
+def test_items_of_a_registered_bundle_and_of_one_without_descriptions_do_not_change(bundles: dict[str, Path]) -> None:
+    new = {"items": [{"item_id": 7001, "title": "x"}]}
+    with asked(bundles["exact"], addresses={"champion": "models:/recsys@champion"}) as client:
+        for response in (client.post("/v1/items", json=new), client.delete("/v1/items/5")):
+            assert response.status_code == 409
+            assert "registry" in response.json()["detail"]
+    with asked(bundles["exact"]) as client:
+        response = client.post("/v1/items", json=new)
+        assert response.status_code == 409
+        assert "reads no descriptions" in response.json()["detail"]
+
+
+def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(bundles["exact"], other)
+    remove(other, [0])
+    with asked(bundles["exact"], challenger=other, share=0.37) as client:
+        told = client.get("/v1/bundle").json()
+        ids = {arm["name"]: arm["bundle"] for arm in told["arms"]}
+        assert told["share"] == 0.37
+        assert ids["champion"] != ids["challenger"]
+        for name, bundle in ids.items():
+            answer = ask(client, history=[5], arm=name)
+            assert (answer["arm"], answer["bundle"]) == (name, bundle)
+        users = [f"user {number}" for number in range(499)]
+        arms = [ask(client, user_id=user, k=1)["arm"] for user in users]
+        assert arms == [ask(client, user_id=user, k=1)["arm"] for user in users]
+        assert 0.25 < arms.count("challenger") / len(arms) < 0.5
+        batch = ask(client, "/v1/recommend/batch", users=users, k=1)["answers"]
+        assert [answer["arm"] for answer in batch] == arms
+        assert ask(client, "/v1/recommend/batch", users=users[:3], arm="challenger")["answers"][2]["arm"] == "challenger"
+        salted = [client.get(f"/v1/users/{user}").json()["arm"] for user in users[:101]]
+        assert salted == arms[:101]
+    with asked(bundles["exact"], challenger=other, share=0.37, salt="other") as client:
+        assert [ask(client, user_id=user, k=1)["arm"] for user in users] != arms
+
+
+def test_the_page_is_served_with_a_policy_and_asked_after(bundles: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<p>hello")
+    (tmp_path / "page.js").write_text("hello()")
+    (tmp_path / "secret.txt").write_text("no")
+    (tmp_path.parent / "outside.js").write_text("no")
+    with asked(bundles["exact"], page=tmp_path) as client:
+        page = client.get("/")
+        assert page.text == "<p>hello"
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        script = client.get("/page/page.js")
+        assert script.headers["content-type"].startswith("text/javascript")
+        again = client.get("/page/page.js", headers={"if-none-match": script.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        for name in ("secret.txt", "gone.js", "../outside.js", "%2e%2e/outside.js", "..%2foutside.js", "x/page.js"):
+            assert client.get(f"/page/{name}").status_code == 404, name
+
+
+def test_a_mistake_of_ours_is_one_line_and_the_next_request_is_answered(bundles: dict[str, Path]) -> None:
+    online = made(bundles["exact"])
+
+    async def fail(*_: Any) -> bytes:
+        raise ZeroDivisionError("canary-7")
+
+    online._hot["POST", "/v1/similar"] = fail
+    online.service.filters = fail  # type: ignore[method-assign]
+    with client_of(online) as client:
+        for response in (client.post("/v1/similar", json={"item_id": 5}), client.get("/v1/filters")):
+            assert response.status_code == 500
+            assert "canary-7" not in response.text
+            assert response.headers["x-request-id"]
+        assert ask(client, history=[5])["source"] == "retrieved"
+
+
+def test_an_erased_user_is_found_nowhere(
+    bundles: dict[str, Path], dataset: Dataset, tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, question = bundles["ivf"], {"times": [10, 500, 700], "now": 900} if timed else {}
-    if timed:
-        bundle = tmp_path / "bundle"
-        export(write_run(tmp_path / "run", dataset, time="both", request_time=True), bundle, IndexSettings(), dataset)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = f"from pathlib import Path; from serving.app import serve; serve(Path({str(bundle)!r}), port={port})"
-    root = Path(__file__).parents[2]
-    server = subprocess.Popen([sys.executable, "-c", start], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            for _ in range(600):
-                try:
-                    client.get("/ready").raise_for_status()
-                    break
-                except httpx2.TransportError:
-                    assert server.poll() is None, server.stdout and server.stdout.read().decode()
-                    time.sleep(0.1)
-            answer = client.post("/v1/recommend", json={"history": [5, 7, 11], "k": 13, **question}).json()
-        assert answer == Recommender.load(bundle).answer([5, 7, 11], 13, **question)
-    finally:
-        server.terminate()
-        output = server.communicate(timeout=30)[0].decode()
-    assert "Traceback" not in output
+    user, others = "user 007", [f"user {number:03}" for number in (3, 5, 11, 101)]
+    folder = tmp_path / "work"
+    folder.mkdir()
+    nightly(Recommender.load(bundles["exact"]), dataset, folder / "lists.parquet", k=7)
+    store = f"{kind}:{folder / 'store'}"
+    with asked(bundles["exact"], store=store, lists=folder / "lists.parquet", record_every=1, deadline_ms=60_000) as client:
+        for each in [*others, user, *others]:
+            items = [{"user_id": each, "item_id": item, "time": item, "event_id": f"{each} event {item}"} for item in range(41)]
+            ask(client, "/v1/events", events=items)
+            ask(client, user_id=each)
+        first = client.delete(f"/v1/users/{user}")
+        assert first.json() == {"user_id": user, "history": True, "lists": True}
+        second = client.delete(f"/v1/users/{user}")
+        assert (second.status_code, second.json()) == (200, {"user_id": user, "history": False, "lists": False})
+        assert client.get(f"/v1/users/{user}").json()["events"] == []
+        assert ask(client, user_id=user)["source"] == "popularity"
+        assert user not in json.dumps([client.get(path).text for path in ("/metrics", "/v1/bundle", "/ready")])
+        found = [file.name for file in folder.rglob("*") if file.is_file() and user.encode() in file.read_bytes()]
+        assert found == []
+        assert user not in pl.read_parquet(folder / "lists.parquet")["user_id"]  # whose bytes are packed
+        for each in others:
+            assert len(client.get(f"/v1/users/{each}").json()["events"]) == 41
+            assert any(each.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    assert user not in "".join(capfd.readouterr())
 
 
-def test_a_busy_port_is_named(bundles: dict[str, Path]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(SetupError, match="cannot listen there"):
-        serve(bundles["exact"], "127.0.0.1", busy.getsockname()[1])
+@pytest.fixture(params=["sqlite", "lmdb"])
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "lmdb":
+        pytest.importorskip("lmdb", reason="LMDB is not installed")
+    return str(request.param)

@@ -213,12 +213,14 @@ def test_nightly_online_and_offline_name_the_same_items_in_the_same_order(
         assert [item["item_id"] for item in online] == [recommender.catalogue.item_id(row) for row in rows.tolist()]
 
 
-def test_an_exact_bundle_and_the_run_it_was_made_of_answer_the_same(
+def test_an_exact_bundle_and_the_run_it_was_made_of_answer_the_same_up_to_the_rounding_of_their_kernels(
     run: Path, bundles: dict[str, Path], dataset: Dataset
 ) -> None:
     histories = Batch.of(every_history(dataset))
-    lists = Recommender.load(run).recommend(histories, K)
-    assert same(Recommender.load(bundles["exact"]).recommend(histories, K), lists)
+    lists, by_torch = (Recommender.load(path).recommend(histories, K) for path in (bundles["exact"], run))
+    assert torch.allclose(lists.scores, by_torch.scores, rtol=1e-4, atol=1e-4)
+    near = torch.isclose(by_torch.scores, by_torch.scores.roll(1, 1), rtol=1e-4, atol=1e-4)
+    assert bool(((lists.rows == by_torch.rows) | near | near.roll(-1, 1)).all())
     assert same(Recommender.load(bundles["ivf"], exact=True).recommend(histories, K), lists)
     assert same(Recommender.load(bundles["ivf"]).with_exact_search().recommend(histories, K), lists)
 
@@ -306,7 +308,7 @@ def test_an_unknown_history_gets_the_most_popular_items(run: Path) -> None:
     known = FIRST_ITEM + 3
     histories = [[], [cold], [known], [FIRST_ITEM + 1, *[cold] * LENGTH]]
     lists = recommender.recommend(Batch.of(histories), 5, deny=[FIRST_ITEM + 2])
-    assert lists.sources == ["popularity", "popularity", "model", "popularity"]
+    assert lists.sources == ["popularity", "popularity", "retrieved", "popularity"]
     assert lists.rows[0].tolist() == lists.rows[1].tolist() == [FIRST_ITEM + line for line in (0, 1, 3, 4, 5)]
     assert lists.rows[3].tolist() == [FIRST_ITEM + line for line in (0, 3, 4, 5, 6)]
     assert lists.scores[0].tolist() == [recommender.catalogue.events[line] for line in (0, 1, 3, 4, 5)]
@@ -397,7 +399,7 @@ def test_no_altered_bit_of_what_a_manifest_says_changes_what_is_served(bundles: 
 def test_a_bundle_of_another_format_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bundles["exact"], tmp_path / "bundle")
     manifest = tmp_path / "bundle" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace('"format": 4', '"format": 1'))
     with pytest.raises(BundleError, match="format 1"):
         Recommender.load(tmp_path / "bundle")
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from features.dataset import ATTRIBUTE
 from recsys.batch import FIRST_ITEM, PADDING, Batch
 from recsys.errors import RequestError
-from serving import engine
-from serving.engine import MARGIN, Recommender, find
-from serving.filters import MASKS, VALUES, Attributes, allowed_lines, seen, until
+from serving import retrieval
+from serving.engine import Recommender
+from serving.filters import MASKS, VALUES, Attributes, allowed_lines, until
 from serving.index import INDEXES, Index, IndexSettings, Scan
 from serving.lists import Lists
+from serving.retrieval import MARGIN, find
 from tests.serving.conftest import ATTRIBUTES, GOODS, KINDS
 
 ITEMS = 19
@@ -44,12 +45,6 @@ def test_an_item_is_allowed_if_it_is_not_denied_and_on_the_allow_list_and_every_
     ]
     assert (all(wanted) and allow is None) if allowed_V is None else allowed_V.tolist() == wanted
     assert all(old is None or torch.equal(old, new) for old, new in zip(before, masks, strict=True))
-
-
-@given(st.lists(st.lists(ROWS, max_size=13), min_size=1, max_size=7), st.lists(ROWS, min_size=3, max_size=3))
-def test_seen_is_true_where_a_candidate_stands_in_its_own_history(histories: list[list[int]], candidates: list[int]) -> None:
-    rows_BC = torch.tensor([candidates] * len(histories))
-    assert seen(Batch.of(histories), rows_BC).tolist() == [[row in history for row in candidates] for history in histories]
 
 
 @given(HISTORIES, st.integers(-1, 12))
@@ -273,8 +268,8 @@ def test_no_forbidden_item_is_named_lists_are_full_and_the_same_alone_and_in_a_b
 ) -> None:
     recommender, k = loaded(stocked_bundles[kind]), question["k"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "FEW", few)
-        patch.setattr(engine, "LONG", long)
+        patch.setattr(retrieval, "FEW", few)
+        patch.setattr(retrieval, "LONG", long)
         lists = recommender.recommend(Batch.of(histories), **question)
         alone = Lists.joined([recommender.recommend(Batch.of([history]), **question) for history in histories], k)
     assert torch.equal(lists.rows, alone.rows)
@@ -323,7 +318,7 @@ def indexed(kind: str, **options: int) -> Index:
 
 @pytest.mark.parametrize("kind", ["ivf", "ivf_sq8"])
 def test_where_few_items_near_a_state_are_allowed_all_are_searched(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FEW", 0)
+    monkeypatch.setattr(retrieval, "FEW", 0)
     index, k = indexed(kind, probes=1), 3
     allowed_V = torch.rand(LINES, generator=torch.Generator().manual_seed(5)) < 0.1
     lines_BN, _ = index.search(QUERIES_BE, 32, allowed_V)
@@ -338,7 +333,7 @@ def test_where_few_items_near_a_state_are_allowed_all_are_searched(kind: str, mo
 @pytest.mark.parametrize("share", [0.5, 0.1])
 @pytest.mark.parametrize("kind", INDEXES)
 def test_a_filter_costs_little_recall(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FEW", 0)
+    monkeypatch.setattr(retrieval, "FEW", 0)
     index = indexed(kind, **({"breadth": 61} if kind == "hnsw" else {"probes": 8}))
     allowed_V = torch.rand(LINES, generator=torch.Generator().manual_seed(7)) < share
     rows_BK, _ = find(index, scanned(), QUERIES_BE, 31, allowed_V=allowed_V)
@@ -364,7 +359,7 @@ def test_a_history_of_ten_thousand_events_asks_for_no_more_candidates(kind: str,
     index, asked = indexed(kind), []
     search = Index.search
     monkeypatch.setattr(Index, "search", lambda self, states_BE, n, *rest: asked.append(n) or search(self, states_BE, n, *rest))
-    monkeypatch.setattr(engine, "FEW", 0)
+    monkeypatch.setattr(retrieval, "FEW", 0)
     draw = torch.Generator().manual_seed(11)
     histories = [(torch.randint(LINES, (length,), generator=draw) + FIRST_ITEM).tolist() for length in (10_007, 3, 1009)]
     rows_BK, _ = find(index, scanned(), QUERIES_BE[:3], 13, Batch.of(histories))

@@ -198,7 +198,7 @@ def test_a_removed_item_is_read_in_histories_as_before(any_bundle: Path) -> None
     after = Recommender.load(any_bundle)
     assert torch.equal(after.encode(Batch.of([rows, rows[1:2]])), before.encode(Batch.of([rows, rows[1:2]])))
     answer = after.answer(HISTORY[1:4], K)
-    assert answer["source"] == "model"
+    assert answer["source"] == "retrieved"
     assert answer["items"] == before.answer(HISTORY[1:4], K)["items"]
 
 
@@ -210,7 +210,7 @@ def test_items_of_a_model_that_reads_no_text_can_be_removed_too(
     assert remove(tmp_path / "bundle", gone)["changes"] == {"removed": 7}
     recommender = Recommender.load(tmp_path / "bundle")
     assert not set(gone) & {*best(recommender, [], 31), *best(recommender, gone[:3], 31, filter_seen=False)}
-    assert recommender.answer(gone[:3])["source"] == "model"
+    assert recommender.answer(gone[:3])["source"] == "retrieved"
 
 
 def test_an_item_of_which_nothing_is_known_is_there_and_never_recommended(any_bundle: Path) -> None:
@@ -224,7 +224,7 @@ def test_an_item_of_which_nothing_is_known_is_there_and_never_recommended(any_bu
         assert NEW + 1 not in named
         assert len(named) == GOODS + 1
     assert recommender.answer([NEW + 1])["source"] == "popularity"
-    assert recommender.answer([NEW + 1, HISTORY[0]])["source"] == "model"
+    assert recommender.answer([NEW + 1, HISTORY[0]])["source"] == "retrieved"
     update(any_bundle, goods([NEW + 1]).lazy())
     assert NEW + 1 in best(Recommender.load(any_bundle), [1, 8, 15], len(LAMPS) + 1)
 

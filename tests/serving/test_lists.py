@@ -27,6 +27,6 @@ def test_joined_lists_stand_one_below_the_other() -> None:
     two = Lists(torch.tensor([[7, PADDING]]), torch.tensor([[2.0, -torch.inf]]), torch.tensor([False]))
     joined = Lists.joined([one, two], 2)
     assert joined.rows.tolist() == [[3, 5], [7, PADDING]]
-    assert joined.sources == ["popularity", "model"]
+    assert joined.sources == ["popularity", "retrieved"]
     assert joined.underfilled == 1
     assert Lists.joined([], 2).rows.shape == (0, 2)
