@@ -163,7 +163,7 @@ class Tracking:
             now, before = self._line_of(alias)
             if now == version:
                 return
-            if now and before[-1:] != [now]:
+            if now:
                 self._remember(alias, [*before, now])  # first: an alias that moved without is not to be rolled back
             client.set_registered_model_alias(name, alias, version)
 

@@ -70,6 +70,12 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.items)
 
+    def complete(self) -> None:
+        """Read now what is else read when it is first asked for."""
+        for name, part in vars(type(self)).items():
+            if isinstance(part, cached_property):
+                getattr(self, name)
+
     @cached_property
     def item_ids(self) -> list[int | str]:
         """As in the input; entry i belongs to row FIRST_ITEM + i."""
@@ -115,7 +121,7 @@ class Catalogue:
 
         Raises RequestError: a word is no item, and there is no list `unknown` to add it to; the nearest titles are named.
         """
-        found = []
+        found: list[int | None] = []
         for word in words:
             row = find(word)
             if row is None:

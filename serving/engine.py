@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -33,6 +34,7 @@ from torch.nn.functional import normalize, pad
 from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch
 from recsys.bundle import MANIFEST, Directory, open_directory
 from recsys.config import Settings
+from recsys.content import ENCODER, ContentEncoder
 from recsys.errors import BundleError, RequestError, SetupError
 from recsys.model import model_from
 from recsys.ranker import Known, Look, ranker_from
@@ -122,6 +124,23 @@ class Recommender:
         if kind not in ("model", "bundle"):
             raise BundleError(f"{path / MANIFEST}: holds neither a model nor a bundle but {kind!r}; give a run or a bundle")
         return cls(directory, device, exact=exact, threads=threads)
+
+    def complete(self) -> Recommender:
+        """Itself, with all read from its files that is else read when it is first asked for: they may be replaced now."""
+        self.catalogue.complete()
+        with suppress(SetupError):  # without its encoder a bundle recommends, and does not explain words
+            _ = self.encoder
+        return self
+
+    @cached_property
+    def encoder(self) -> ContentEncoder | None:
+        """Of the items' texts; None where the model reads none."""
+        return ContentEncoder.load(self.path / ENCODER) if ENCODER in self.manifest["files"] else None
+
+    def forget(self) -> None:
+        """Keep nothing of the histories that were read."""
+        if self.reader is not None:
+            self.reader.kept.clear()
 
     def with_exact_search(self) -> Recommender:
         """The same without its index."""

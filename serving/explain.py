@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
-from recsys.content import ENCODER, ContentEncoder, Described
+from recsys.content import ContentEncoder, Described
 from recsys.errors import RequestError
 from recsys.text import without_words
 from serving.engine import Recommender
@@ -292,7 +292,7 @@ def _words(recommender: Recommender, read: Batch, now: int | None, places: int) 
     shares_1HUL = recommender.model.attention_to_text(read, asked)
     if shares_1HUL is None:
         return None
-    encoder, texts = ContentEncoder.load(recommender.path / ENCODER), recommender.catalogue.described.texts
+    encoder, texts = _encoder(recommender), recommender.catalogue.described.texts
     rows = read.values.tolist()
     rows += [PADDING] * (places - len(rows))
     words: list[dict[str, float]] = [{} for _ in rows]
@@ -311,7 +311,7 @@ def _own_words(recommender: Recommender, read: Batch, row: int, now: int | None)
     """How much the item's score drops without each word of its text; None where item vectors hold no text."""
     if not recommender.model.settings.described:
         return None
-    encoder, line = ContentEncoder.load(recommender.path / ENCODER), row - FIRST_ITEM
+    encoder, line = _encoder(recommender), row - FIRST_ITEM
     described = recommender.catalogue.described
     less = dict(islice(without_words(described.texts[line]).items(), WORDS))
     texts = [described.texts[line], *less.values()]
@@ -319,6 +319,11 @@ def _own_words(recommender: Recommender, read: Batch, row: int, now: int | None)
     vectors_NE = recommender.model.described_as(row, encoder.encode(told))
     scores_N = recommender.score(read, torch.full((1, len(texts)), row), now, vectors_NE[None])[0].double()
     return dict(zip(less, (scores_N[0] - scores_N[1:]).tolist(), strict=True))
+
+
+def _encoder(recommender: Recommender) -> ContentEncoder:
+    assert recommender.encoder is not None  # a model that reads text has one
+    return recommender.encoder
 
 
 def draw(found: Explanation, path: Path) -> None:

@@ -26,8 +26,8 @@ from recsys.ranker import CrossBlock, Ranker
 if TYPE_CHECKING:
     import onnx
 
-OPSET, IR = 20, 9
-"""Versions of the operators, the first with Gelu, and of the file."""
+OPSET, IR = 23, 11
+"""Versions of the operators, the first with Attention, and of the file."""
 
 
 class Graph:
@@ -134,7 +134,6 @@ class _Reading:
         self.width, self.blocks = self.size // self.heads, list(model.in_turn())
         self.x = graph.matrix(graph.input("x", "float", "B", "Q", self.size), self.size)
         self.batch = graph.add("Shape", "x", start=0, end=1)
-        self.past = graph.input("past", "float", len(self.blocks), 2, "B", self.heads, "P", self.width)
         self.mask = graph.input("mask", "float", "b", 1, "Q", "T")
         relative, timed = self.settings.positions == "relative", self.settings.time in ("relative", "both")
         self.far = graph.input("far", "int", "Q", "T") if relative else ""
@@ -154,36 +153,41 @@ class _Reading:
         return self.graph.matrix(cut, self.size)
 
     def attend(self, block: Block, parts: list[str], pointwise: bool = False) -> str:
-        """The mixed values of the positions that go on, and this block's keys and values with those to keep."""
-        graph, depth = self.graph, len(self.made)
-        q, k, v = (graph.heads(part, self.batch, self.heads, self.width) for part in parts)
-        q, k = self._turned(q), self._turned(k)
-        self.made.append(graph.add("Concat", *(self._beside(part) for part in (k, v)), axis=1))
-        past = graph.add("Gather", self.past, graph.constant(depth), axis=0)
-        k, v = (
-            graph.add("Concat", graph.add("Gather", past, graph.constant(part), axis=0), own, axis=2)
-            for part, own in enumerate((k, v))
-        )
-        logits = graph.product(graph.add("Mul", self._tail(q, 2), graph.constant(self.width**-0.5)), k)
-        logits = graph.add("Add", logits, self._tail(self.mask, 2))
-        attention = block.attention
+        """The mixed values of the positions that go on; keys and values of all positions are made."""
+        graph, depth = self.graph, len(self.made) // 2
+        past = [graph.input(f"{name}_{depth}", "float", "B", self.heads, "P", self.width) for name in ("keys", "values")]
+        bias = self._bias(block)
+        if pointwise or self.turns:
+            q, k, v = (graph.heads(part, self.batch, self.heads, self.width) for part in parts)
+            q, k = self._tail(self._turned(q), 2), self._turned(k)
+        else:
+            shape = graph.add("Concat", self.batch, graph.constant([-1, self.size]), axis=0)
+            q, k, v = (graph.add("Reshape", part, shape) for part in parts)
+            q = self._tail(q, 1)
+        if pointwise:
+            k, v = (graph.add("Concat", old, new, axis=2) for old, new in zip(past, (k, v), strict=True))
+            logits = graph.product(graph.add("Mul", q, graph.constant(self.width**-0.5)), k)
+            weights = graph.add("Mul", graph.silu(graph.add("Add", logits, bias)), graph.constant(1 / self.settings.length))
+            mixed = graph.add("MatMul", weights, v)
+        else:
+            heads = {} if self.turns else {"q_num_heads": self.heads, "kv_num_heads": self.heads}
+            mixed, k, v = graph.parts("Attention", 3, q, k, v, bias, *past, **heads)
+        self.made += [k, v]
+        return graph.joined(mixed, self.size) if pointwise or self.turns else graph.matrix(mixed, self.size)
+
+    def _bias(self, block: Block) -> str:
+        """What is added to the scores."""
+        graph, bias, attention = self.graph, self._tail(self.mask, 2), block.attention
         if attention.position_bias is not None:
             table = graph.constant(attention.position_bias)
-            logits = graph.add("Add", logits, graph.add("Gather", table, self._tail(self.far, 0), axis=1))
+            bias = graph.add("Add", bias, graph.add("Gather", table, self._tail(self.far, 0), axis=1))
         if attention.time_bias is not None:
-            bias = graph.add("Gather", graph.constant(attention.time_bias), self._tail(self.buckets, 1), axis=1)
-            logits = graph.add("Add", logits, graph.add("Transpose", bias, perm=[1, 0, 2, 3]))
-        if pointwise:
-            weights = graph.add("Mul", graph.silu(logits), graph.constant(1 / self.settings.length))
-        else:
-            weights = graph.add("Softmax", logits, axis=-1)
-        return graph.joined(graph.add("MatMul", weights, v), self.size)
+            found = graph.add("Gather", graph.constant(attention.time_bias), self._tail(self.buckets, 1), axis=1)
+            bias = graph.add("Add", bias, graph.add("Transpose", found, perm=[1, 0, 2, 3]))
+        return bias
 
     def _tail(self, x: str, axis: int) -> str:
         return self.graph.last(x, self.tail, axis) if self.cuts else x
-
-    def _beside(self, x_BHQD: str) -> str:
-        return self.graph.add("Unsqueeze", x_BHQD, self.graph.constant([0, 1]))
 
     def _turned(self, x_BHQD: str) -> str:
         """Rotary positions."""
@@ -263,10 +267,11 @@ def _text(reading: _Reading, attention: TextAttention) -> None:
 def model_graph(model: SequenceModel, tail: int) -> onnx.ModelProto:
     """From embedded events to the states of the last `tail` positions, and the keys and values of all that are read.
 
-    Inputs: x (B × Q × E), past (L × 2 × B × H × P × D: keys, turned, and values), mask (B or 1 × 1 × Q × T: 0 or UNSEEN); by
-    the settings far (Q × T: distances as position biases are indexed), buckets (B × Q × T: of durations), cos and sin
-    (Q × D / 2), tokens, dark, lit (B × Q × M: token states, 0 or UNSEEN; B × Q × 1: whether any is seen), text_keys and
-    text_values (a line for each token state). Outputs: states (B × R × E), not yet placed, present (L × 2 × B × H × Q × D).
+    Inputs: x (B × Q × E), mask (B or 1 × 1 × Q × T: 0 or UNSEEN), of each block keys and values of earlier positions (B × H × P
+    × D, keys turned); by the settings far (Q × T: distances as position biases are indexed), buckets (B × Q × T: of durations),
+    cos and sin (Q × D / 2), tokens, dark, lit (B × Q × M: token states, 0 or UNSEEN; B × Q × 1: whether any is seen), text_keys
+    and text_values (a line for each token state). Outputs: states (B × R × E), not yet placed, and of each block all_keys and
+    all_values (B × H × T × D).
     """
     reading = _Reading(model, tail)
     graph, text = reading.graph, model.text_attention
@@ -280,7 +285,8 @@ def model_graph(model: SequenceModel, tail: int) -> onnx.ModelProto:
         reading.cuts = True
         x = reading.cut(x)
     shape = graph.add("Concat", reading.batch, graph.constant([-1, reading.size]), axis=0)
-    return graph.finished({"states": graph.add("Reshape", x, shape), "present": graph.add("Concat", *reading.made, axis=0)})
+    names = [f"all_{name}_{depth}" for depth in range(len(reading.blocks)) for name in ("keys", "values")]
+    return graph.finished({"states": graph.add("Reshape", x, shape), **dict(zip(names, reading.made, strict=True))})
 
 
 def ranker_graph(ranker: Ranker, depth: int) -> onnx.ModelProto:

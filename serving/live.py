@@ -117,14 +117,14 @@ class Requests:
 
 def load(path: Path) -> Recommender:
     """A bundle or run whose files are whole and whose golden answers are its answers. Raises BundleError: else."""
-    recommender = Recommender.load(path, threads=1)
+    recommender = Recommender.load(path, threads=1).complete()
     if recommender.manifest["kind"] == "bundle":
         compare(recommender, recommender.path / GOLDEN)
     return recommender
 
 
 def warm(recommender: Recommender, requests: Iterable[Request]) -> None:
-    """Read ids and titles, which is else done late, and answer the requests once."""
+    """Answer once, and each of the requests."""
     recommender.answer(["?"], 1, times=[0], ignore_unknown=True)
     for request in requests:
         try:

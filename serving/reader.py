@@ -123,8 +123,8 @@ class GraphReader:
         self.settings, self.span = settings, span
         self.causal = settings.objective == "causal"
         self._session = session(graph)
-        self._inputs = {given.name for given in self._session.get_inputs()}
-        self._blocks = len(list(model.in_turn()))
+        self._inputs = [given.name for given in self._session.get_inputs()]
+        self._past = [name for name in self._inputs if name.startswith(("keys_", "values_"))]
         self._heads, self._width = settings.heads, settings.embedding_size // settings.heads
         self._events = _event_parts(model)
         self._last_row = len(self._events) - 1
@@ -139,7 +139,7 @@ class GraphReader:
 
     def read(self, seen: Seen, span: int) -> tuple[Array, Look | None]:
         """States behind the last events, not placed, shape B × E; and what a ranker looks at, where `span` is not 0."""
-        states_BRE, _ = self._run(seen, 0, None, False)
+        (states_BRE,) = self._run(seen, 0, None, keeps=False)
         own_B = seen.lengths_B - 1 - seen.rows_BT.shape[1] + states_BRE.shape[1]
         states_BE = states_BRE[np.arange(len(own_B)), own_B]
         if not span:
@@ -167,18 +167,16 @@ class GraphReader:
                 break
         else:
             start = 0
-        past = None if before is None else before[0]
-        states_BRE, present = self._run(seen, start, past, bool(whole > start))
+        past = None if before is None else before[1:]
+        states_BRE, *made = self._run(seen, start, past, keeps=whole > start)
         states_RE = states_BRE[0]
         if before is not None and self.span:
-            states_RE = np.concatenate([before[1], states_RE])
+            states_RE = np.concatenate([before[0], states_RE])
         own = length - 1 - positions + len(states_RE)
         if whole > start:
-            made = present[:, :, :, :, : whole - start]
-            past = made if past is None else np.concatenate([past, made], 4)
             end = whole - positions + len(states_RE)
             behind = states_RE[max(0, end - self.span) : max(0, end)] if self.span else states_RE[:0]
-            self.kept.put(self._key(seen, whole), (np.ascontiguousarray(past), behind.copy()))
+            self.kept.put(self._key(seen, whole), (behind.copy(), *(part[:, :, :whole].copy() for part in made)))
         found = states_RE[own].copy()
         return (found, _back(states_RE, own, self.span)) if self.span else (found,)
 
@@ -198,12 +196,12 @@ class GraphReader:
         key.update(seen.asked_BT[0, :events].tobytes())
         return key.digest()
 
-    def _run(self, seen: Seen, start: int, past: Array | None, keeps: bool) -> tuple[Array, Array]:
-        """States of the last positions, and keys and values of all that are read; those of P = start are given."""
+    def _run(self, seen: Seen, start: int, past: tuple[Array, ...] | None, keeps: bool) -> list[Array]:
+        """States of the last positions, and if wanted keys and values of all; those of P = start are given."""
         batch, positions = seen.rows_BT.shape
         if past is None:
-            past = np.zeros((self._blocks, 2, batch, self._heads, 0, self._width), np.float32)
-        feed = {"x": self._embedded(seen, start), "past": past, **self._shape(start, positions)}
+            past = (np.zeros((batch, self._heads, 0, self._width), np.float32),) * len(self._past)
+        feed = {"x": self._embedded(seen, start), **dict(zip(self._past, past, strict=True)), **self._shape(start, positions)}
         if not self.causal:
             hidden_BT = np.arange(positions) >= seen.lengths_B[:, None]
             feed["mask"] = feed["mask"] + np.float32(UNSEEN) * hidden_BT[:, None, None]
@@ -211,8 +209,9 @@ class GraphReader:
             feed["buckets"] = buckets(seen.asked_BT[:, start:, None] - seen.times_BT[:, None])
         if self._text is not None:
             feed.update(self._text.window(seen.rows_BT, start))
-        outputs = self._session.run(["states", "present"] if keeps else ["states"], feed)
-        return outputs[0], outputs[1] if keeps else outputs[0]
+        wanted = ["states", *(f"all_{name}" for name in self._past)] if keeps else ["states"]
+        outputs: list[Array] = self._session.run(wanted, feed)
+        return outputs
 
     def _embedded(self, seen: Seen, start: int) -> Array:
         """As SequenceModel._embed, from `start` on, shape B × Q × E."""

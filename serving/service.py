@@ -258,7 +258,8 @@ class Service:
             listed = self.lists is not None and self.lists.erase(user_id)
             self.arms.requests.forget()
             for arm in self.arms.all:
-                getattr(arm.recommender, "forget", lambda: None)()
+                if arm.recommender.reader is not None:
+                    arm.recommender.reader.kept.clear()  # what was encoded, found by the events that were read
             return _encode({"user_id": user_id, "history": history, "lists": listed})
 
         return await self._heavily(erased)

@@ -18,9 +18,9 @@ import torch
 
 from features.dataset import ATTRIBUTE
 from recsys.batch import FIRST_ITEM, Batch
-from serving.retrieval import find
 from serving.filters import Attributes, allowed_lines
 from serving.index import Index, IndexSettings, Scan
+from serving.retrieval import find
 from tests.benchmarks.index_recall import vectors
 
 REQUESTS, K = 512, 100

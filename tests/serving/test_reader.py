@@ -166,9 +166,9 @@ def positions_read(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) ->
     assert recommender.reader is not None
     read, run = list[int](), recommender.reader._run
 
-    def counted(seen: Any, start: int, *rest: Any) -> Any:
+    def counted(seen: Any, start: int, *rest: Any, **options: Any) -> Any:
         read.append(seen.rows_BT.shape[1] - start)
-        return run(seen, start, *rest)
+        return run(seen, start, *rest, **options)
 
     monkeypatch.setattr(recommender.reader, "_run", counted)
     return read
