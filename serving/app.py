@@ -101,6 +101,7 @@ class Online:
         try:
             self._admit(scope, said)
             body = await _body(said, receive, self.body_bytes)
+            call.read = self.clock()
         except Refusal as refusal:
             call.route = scope["path"] if hot else "other"
             # what is left of the body is nobody's, so the connection ends
@@ -435,6 +436,7 @@ def serve(
     that cannot be read.
     """
     settings = settings or OnlineSettings()
+    listener = _bound(host, port)
     speak()
     torch.set_num_threads(1)
     services: list[Service] = []
@@ -486,6 +488,22 @@ def serve(
         kept.close()
         if spans is not None:
             spans.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The address, taken; connections are refused until the server listens. Raises SetupError: it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise SetupError(f"{host}:{port}: cannot listen there ({error.strerror}); give another --host or --port") from None
+    return listener
 
 
 def _settle() -> None:

@@ -342,7 +342,7 @@ class Service:
 
     def _parse(self, kind: type[Any], body: bytes, call: Call) -> Any:
         message = decode(_DECODERS[kind], body)
-        call.stages["parse"] = self.clock() - call.started
+        call.stages["parse"] = self.clock() - call.read
         return message
 
     def _begin(self, question: Asked, call: Call) -> tuple[Arm, float]:
@@ -360,7 +360,7 @@ class Service:
         return arm
 
     def _deadline(self, deadline_ms: int | None, call: Call) -> float:
-        return call.started + (deadline_ms or self.settings.deadline_ms) / 1000
+        return call.read + (deadline_ms or self.settings.deadline_ms) / 1000
 
     def _view(self, arm: Arm) -> View:
         view, recommender = self._views.get(arm.name), arm.recommender

@@ -38,10 +38,25 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 class Call:
     """One request, from its first byte to its last."""
 
-    __slots__ = ("arm", "bundle", "fallback", "id", "method", "parent", "route", "source", "stages", "started", "status")
+    __slots__ = (
+        "arm",
+        "bundle",
+        "fallback",
+        "id",
+        "method",
+        "parent",
+        "read",
+        "route",
+        "source",
+        "stages",
+        "started",
+        "status",
+    )
 
     def __init__(self, method: str, started: float) -> None:
-        self.method, self.started = method, started
+        self.method = method
+        self.started = self.read = started
+        """When its head was there, and when its body was: from then on an answer is waited for."""
         self.id = self.route = self.arm = self.bundle = self.source = self.fallback = self.parent = ""
         self.status = 0
         self.stages: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 const WAIT_MS = 120; // of rest before a change is asked about
 const HOUR = 3600;
+const HINT = "Share of attention by layer (L) and head (H); the darker, the more. Point at a cell to read it.";
 const SVG = "http://www.w3.org/2000/svg";
 const SHAPES = new Set(["svg", "g", "rect", "text", "title"]);
 const byId = (id) => document.getElementById(id);
@@ -214,7 +215,7 @@ function condition(name, value) {
 }
 
 function settled() {
-  for (const name of ["diversity", "popularity"]) byId(`${name}-told`).textContent = chosen[name] ?? "the bundle’s own";
+  for (const name of ["diversity", "popularity"]) byId(`${name}-told`).textContent = chosen[name] ?? "as the bundle";
   byId("k-told").textContent = byId("k").value;
   byId("reset").hidden = Object.keys(where).length + Object.keys(chosen).length === 0;
   ask();
@@ -365,8 +366,8 @@ function drawItem(item, answer, marked, section) {
   const row = make("li", { tabindex: "-1", "data-item": item.item_id },
     make("span", { class: "number" }, String(item.rank)),
     make("div", { class: "what" },
-      make("p", { class: "title" }, item.title, " ", make("small", {}, String(item.item_id)), ...badge),
-      make("p", { class: "tags" }), ...drawReasons(item.reasons)),
+      make("div", { class: "title" }, item.title, make("small", {}, String(item.item_id)), ...badge, make("span", { class: "tags" })),
+      ...drawReasons(item.reasons)),
     make("div", { class: "score", title: "Scores compare within one list alone" }, make("span", {}, told(item.score)), bar),
     make("button", { type: "button", class: "small", "data-key": `add ${answer.arm} ${item.item_id}`, title: "Add to the history",
       "aria-label": `Add to the history: ${item.title}`, onclick: () => add(item) }, "+"));
@@ -420,32 +421,39 @@ async function describe(turn) {
 // Attention
 
 function drawAttention(read) {
-  const rows = [["all", read.map((event) => event.share)]];
-  read[0].layers.forEach((heads, layer) => heads.forEach((_, head) =>
-    rows.push([`layer ${layer + 1}, head ${head + 1}`, read.map((event) => event.layers[layer][head])])));
-  const wide = read.length <= 9 ? 40 : read.length <= 18 ? 27 : 17;
-  const [left, top, high] = [rows.length > 1 ? 96 : 34, 86, 20];
-  const most = Math.max(...rows.flatMap(([, shares]) => shares));
-  const told = make("p", { class: "quiet cell-told" }, "Share of attention by head; the darker, the more. Point at a cell to read it.");
-  const size = [left + wide * read.length + 62, top + high * rows.length + 6];
-  const map = make("svg", { width: size[0], height: size[1], viewBox: `0 0 ${size.join(" ")}`, role: "img",
-    "aria-label": `Attention: ${read.map((event) => `${event.title} ${percent(event.share)}`).join(", ")}` });
-  rows.forEach(([name], line) => map.append(make("text", { x: left - 8, y: top + high * line + 14, "text-anchor": "end" }, name)));
-  read.forEach((event, place) => map.append(column(event, left + wide * place)));
-  function column(event, x) {
-    const turned = `translate(${x + wide / 2 + 3} ${top - 6}) rotate(-55)`;
-    const place = read.indexOf(event);
-    const cells = rows.map(([name, shares], line) => {
-      const words = `${event.title} · ${name} · ${percent(shares[place])}`;
-      return make("rect", { x: x + 1, y: top + high * line + (line ? 4 : 0), width: wide - 2, height: high - 2, rx: 3, "data-share": shares[place],
-        "fill-opacity": 0.06 + 0.94 * Math.sqrt(shares[place] / (most || 1)), onpointerenter: () => (told.textContent = words),
-      }, make("title", {}, words));
-    });
-    return make("g", { "data-event": event.event }, make("text", { transform: turned }, cut(event.title, 16)), ...cells);
-  }
-  const scroll = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Attention by head and event" }, map);
+  const lines = [{ name: "all", words: "all heads", shares: read.map((event) => event.share) }];
+  read[0].layers.forEach((heads, layer) => heads.forEach((_, head) => lines.push({
+    name: `L${layer + 1} H${head + 1}`,
+    words: `layer ${layer + 1}, head ${head + 1}`,
+    shares: read.map((event) => event.layers[layer][head]),
+  })));
+  const told = make("p", { class: "quiet cell-told" }, HINT);
+  const scroll = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Attention by head and event" },
+    drawMap(read, lines, (words) => (told.textContent = words)));
   requestAnimationFrame(() => (scroll.scrollLeft = scroll.scrollWidth));
   return make("div", { class: "attention" }, make("h3", {}, "What the model looked at"), scroll, told);
+}
+
+function drawMap(read, lines, tell) {
+  const room = parseFloat(getComputedStyle(byId("lists")).gridTemplateColumns);
+  const [left, top, high, right] = [50, 100, 21, 64];
+  const wide = Math.max(17, Math.min(64, Math.floor((room - left - right - 38) / read.length)));
+  const most = Math.max(...lines.flatMap((line) => line.shares)) || 1;
+  const [width, height] = [left + wide * read.length + right, top + high * lines.length + 6];
+  const names = lines.map((line, place) => make("text", { x: 0, y: top + high * place + (place ? 18 : 14) }, line.name));
+  const columns = read.map((event, place) => {
+    const x = left + wide * place;
+    const cells = lines.map((line, down) => {
+      const words = `${event.title} · ${line.words} · ${percent(line.shares[place])}`;
+      return make("rect", { x: x + 1, y: top + high * down + (down ? 4 : 0), width: wide - 2, height: high - 2, rx: 3,
+        "fill-opacity": 0.06 + 0.94 * Math.sqrt(line.shares[place] / most), onpointerenter: () => tell(words) },
+        make("title", {}, words));
+    });
+    const turned = `translate(${x + wide / 2 + 3} ${top - 6}) rotate(-55)`;
+    return make("g", { "data-event": event.event }, make("text", { transform: turned }, cut(event.title, 16)), ...cells);
+  });
+  const all = `Attention: ${read.map((event, place) => `${event.title} ${percent(lines[0].shares[place])}`).join(", ")}`;
+  return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": all }, ...names, ...columns);
 }
 
 // Start

@@ -75,18 +75,19 @@ class Connection(asyncio.Protocol):
 class Load:
     """Sends requests when they are due, over whichever connection is free."""
 
-    def __init__(self, requests: list[bytes], rate: float) -> None:
-        self.requests, self.rate = requests, rate
+    def __init__(self, requests: list[bytes], rate: float, connections: int = CONNECTIONS) -> None:
+        self.requests, self.rate, self.connections = requests, rate, connections
         self.idle: deque[Connection] = deque()
         self.waiting: deque[tuple[float, bytes]] = deque()
         self.latencies: list[float] = []
+        self.refusals: list[float] = []
         self.statuses: Counter[int] = Counter()
         self.sources: Counter[str] = Counter()
         self.lost = 0
 
     def done(self, meant: float, status: int, body: bytes) -> None:
-        self.latencies.append(time.perf_counter() - meant)
         self.statuses[status] += 1
+        (self.latencies if status == 200 else self.refusals).append(time.perf_counter() - meant)
         if status == 200:
             start = body.index(b'"source":"') + 10
             self.sources[body[start : body.index(b'"', start)].decode()] += 1
@@ -99,7 +100,7 @@ class Load:
 
     async def run(self, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(CONNECTIONS):
+        for _ in range(self.connections):
             await loop.create_connection(lambda: Connection(self), host, port)
         self.lost, started = 0, time.perf_counter() + 0.1
         for place, request in enumerate(self.requests):
@@ -112,7 +113,7 @@ class Load:
             else:
                 self.waiting.append((meant, request))
         end = time.perf_counter() + 30
-        while len(self.latencies) < len(self.requests) and time.perf_counter() < end:
+        while self.statuses.total() < len(self.requests) and time.perf_counter() < end:
             await asyncio.sleep(0.05)
 
     def figures(self) -> dict[str, Any]:
@@ -146,11 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = args.bundle or Path(folder) / "made"
         if not (place / "bundle").exists():
-            place.mkdir(parents=True, exist_ok=True)
-            served_path.MODEL = ModelSettings(block=args.block, similarity="cosine", temperature=0.07)
-            served_path.IndexSettings = lambda: IndexSettings(kind=args.index, probes=args.probes)  # type: ignore[assignment,misc]
-            served_path.RANKED = None if args.no_ranker else served_path.RANKED  # type: ignore[assignment]
-            served_path.bundle(place, vectors(args.items, torch.Generator().manual_seed(1)))
+            made_bundle(place, args.items, not args.no_ranker, args.block, IndexSettings(kind=args.index, probes=args.probes))
         store = Path(folder) / "histories.sqlite"
         port = free_port()
         count = int(sum(args.rates) * args.seconds)
@@ -186,6 +183,17 @@ def main() -> None:
                 server.terminate()
                 if args.log:
                     print((Path(folder) / "log").read_text()[-5000:], file=sys.stderr)
+
+
+def made_bundle(
+    place: Path, items: int, ranker: bool = True, block: str = "sasrec", index: IndexSettings | None = None
+) -> Path:
+    """Of untrained weights over made-up items."""
+    place.mkdir(parents=True, exist_ok=True)
+    served_path.MODEL = ModelSettings(block=block, similarity="cosine", temperature=0.07)
+    chosen = index or IndexSettings(kind="ivf", probes=64)
+    served_path.bundle(place, vectors(items, torch.Generator().manual_seed(1)), ranker=ranker, index=chosen)
+    return place / "bundle"
 
 
 async def warm(asked: list[dict[str, Any]], port: int) -> None:

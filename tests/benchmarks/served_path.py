@@ -85,7 +85,7 @@ def ndcg(rows_BK: torch.Tensor, targets_B: torch.Tensor) -> float:
     return measure(ranks_B, torch.arange(len(ranks_B)), len(ranks_B), (K,))[f"ndcg@{K}"]
 
 
-def bundle(folder: Path, vectors_VE: torch.Tensor) -> Recommender:
+def bundle(folder: Path, vectors_VE: torch.Tensor, *, ranker: bool = True, index: IndexSettings | None = None) -> Recommender:
     """Of untrained weights, whose item vectors are the given ones."""
     items, draw = len(vectors_VE), torch.Generator().manual_seed(3)
     model = SequenceModel(MODEL, items).initialise(draw)
@@ -94,7 +94,7 @@ def bundle(folder: Path, vectors_VE: torch.Tensor) -> Recommender:
     near = torch.randint(FIRST_ITEM, FIRST_ITEM + items, (items, RANKED.companions), generator=draw, dtype=torch.int32)
     near = pad(near.sort(dim=1).values, (0, 0, FIRST_ITEM, 0))
     companions = Companions(near, torch.rand(near.shape, generator=draw), torch.full((len(near),), 9.0))
-    ranker = Ranker(RANKED, MODEL, items, companions=companions).initialise(draw)
+    ranks = Ranker(RANKED, MODEL, items, companions=companions).initialise(draw)
     table = pl.DataFrame({"item_id": range(items), "title": [f"Item {item}" for item in range(items)]}).with_columns(
         row=pl.int_range(FIRST_ITEM, items + FIRST_ITEM, dtype=pl.Int32),
         text=pl.col("title"),
@@ -104,14 +104,14 @@ def bundle(folder: Path, vectors_VE: torch.Tensor) -> Recommender:
     )
     writers = {
         WEIGHTS: lambda path: save_file(model.weights(), path),
-        RANKER: lambda path: save_file(ranker.state_dict(), path),
-        COMPANIONS: companions.save,
         ITEMS: table.write_parquet,
     }
+    if ranker:
+        writers |= {RANKER: lambda path: save_file(ranks.state_dict(), path), COMPANIONS: companions.save}
     manifest = {"kind": "model", "name": "made-up", "items": items, "dataset": {"hash": ""}}
     recipe = {"model": MODEL.as_dict(), "ranker": RANKED.as_dict()}
     publish(folder / "run" / "model", writers, {**manifest, "recipe": recipe})
-    export(folder / "run", folder / "bundle", IndexSettings())
+    export(folder / "run", folder / "bundle", index or IndexSettings())
     return Recommender.load(folder / "bundle", threads=1)
 
 

@@ -173,6 +173,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
         self._stopped = asyncio.Event()
+        self._open: set[asyncio.Task[Any]] = set()
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -194,7 +195,9 @@ class Proxy:
         await self._stopped.wait()
         watch.cancel()
         server.close()
-        await server.wait_closed()
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
 
     async def _watch(self) -> None:
         while True:
@@ -210,6 +213,10 @@ class Proxy:
             await asyncio.sleep(0.05)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
         ready = sorted(self._ready)
         there, back = await asyncio.open_connection("127.0.0.1", ready[next(self._turn) % len(ready)])
 
@@ -218,10 +225,12 @@ class Proxy:
                 sink.write(part)
 
         sending = asyncio.create_task(pump(reader, back))
-        await pump(there, writer)
-        writer.close()
-        await sending
-        back.close()
+        try:
+            await pump(there, writer)
+        finally:
+            sending.cancel()
+            writer.close()
+            back.close()
 
 
 @contextmanager
