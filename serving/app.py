@@ -265,7 +265,11 @@ def _api(online: Online) -> FastAPI:
         async def endpoint(request: Request) -> Response:
             call: Call = request.scope["recsys"]
             call.route = name
-            return _response(await online.reply(call, work(request, call)))
+
+            async def whole() -> bytes | Reply:
+                return await work(request, call)  # in here, so that what it refuses before it waits is answered too
+
+            return _response(await online.reply(call, whole()))
 
         api.add_api_route(path, endpoint, methods=[method], include_in_schema=False, response_model=None)
 
@@ -463,10 +467,6 @@ def serve(
     service = Service(arms, kept, settings, lists=listed, addresses=addresses)
     services.append(service)
     online = create_app(service, known, spans)
-    try:
-        listener = socket.create_server((host, port), backlog=BACKLOG)
-    except OSError as error:
-        raise SetupError(f"{host}:{port}: cannot listen there ({error.strerror}); give another --host or --port") from None
     config = uvicorn.Config(
         online,
         log_config=None,

@@ -121,14 +121,13 @@ class Catalogue:
 
         Raises RequestError: a word is no item, and there is no list `unknown` to add it to; the nearest titles are named.
         """
-        found: list[int | None] = []
-        for word in words:
-            row = find(word)
-            if row is None:
-                if unknown is None:
-                    raise RequestError(f"no item {str(word)!r}; {self._hint(str(word))}")
-                unknown.append(word)
-            found.append(row)
+        words = list(words)
+        found = [*map(self._rows_by_id.get, map(str, words))] if find == self.by_id else [*map(find, words)]
+        if None in found:
+            strange = [word for word, row in zip(words, found, strict=True) if row is None]
+            if unknown is None:
+                raise RequestError(f"no item {str(strange[0])!r}; {self._hint(str(strange[0]))}")
+            unknown += strange
         return found
 
     def _hint(self, word: str) -> str:

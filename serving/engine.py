@@ -392,8 +392,8 @@ class Recommender:
     ) -> tuple[Tensor, Look | None]:
         values, times, offsets = histories.values.numpy(), histories.times.numpy(), histories.offsets.tolist()
         if len(histories) == 1 and len(values):
-            state_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
-            return self.model.place(torch.from_numpy(state_1E)), look
+            placed_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
+            return torch.from_numpy(placed_1E), look
         out_BE = torch.zeros(len(histories), self.model.settings.embedding_size)
         looks = Look.empty(out_BE, span) if span else None
         alike: dict[int, list[int]] = {}
@@ -407,8 +407,8 @@ class Recommender:
                 own = taken(histories, chunk)
                 ends = own.offsets[1:].tolist()
                 seen = self._seen(own.values.numpy(), own.times.numpy(), ends, None if now is None else now[chunk])
-                states_BE, look = reader.read(seen, span)
-                out_BE[chunk] = self.model.place(torch.from_numpy(states_BE))
+                placed_BE, look = reader.read(seen, span)
+                out_BE[chunk] = torch.from_numpy(placed_BE)
                 if looks is not None and look is not None:
                     looks.put(chunk, look)
         return out_BE, looks
@@ -469,8 +469,9 @@ class Recommender:
         denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
         lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities, took)
-        items = [
-            {"rank": rank, "item_id": self.catalogue.item_id(row), "title": self.catalogue.title(row), "score": score}
+        item_ids, titles = self.catalogue.item_ids, self.catalogue.titles
+        items: list[dict[str, Any]] = [
+            {"rank": rank, "item_id": item_ids[row - FIRST_ITEM], "title": titles[row - FIRST_ITEM], "score": score}
             for rank, (row, score) in enumerate(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True), 1)
             if row != PADDING
         ]
@@ -492,10 +493,14 @@ class Recommender:
             raise RequestError("now is given without times; give the time of each event")
         if times is None and rows and self.reads_times:
             raise RequestError("the model reads when events happened; give times, in seconds since 1970")
-        if times is not None and any(later < earlier for earlier, later in pairwise(times)):
+        if times is not None and sorted(times) != list(times):
             raise RequestError("times descend; give events oldest first")
-        events = [(row, second) for row, second in zip(rows, times or [0] * len(rows), strict=True) if row is not None]
-        batch = Batch.of([[row for row, _ in events]], [[second for _, second in events]])
+        if None in rows:
+            kept = [place for place, row in enumerate(rows) if row is not None]
+            rows, times = [rows[place] for place in kept], None if times is None else [times[place] for place in kept]
+        values = torch.from_numpy(np.array(rows, np.int64))
+        at = torch.zeros_like(values) if times is None else torch.from_numpy(np.array(times, np.int64))
+        batch = Batch(values, torch.tensor([0, len(values)]), at)
         return batch, int(time.time()) if now is None and self.reads_now else now
 
     def _as_of(self, histories: Batch, now: int | Tensor | None) -> tuple[Batch, Tensor | None]:

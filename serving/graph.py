@@ -20,7 +20,7 @@ from recsys import __version__
 from recsys.attention import UNSEEN
 from recsys.blocks import Block, HSTUBlock, LiGRBlock, SASRecBlock
 from recsys.fusion import TextAttention
-from recsys.model import SequenceModel
+from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import CrossBlock, Ranker
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 OPSET, IR = 23, 11
 """Versions of the operators, the first with Attention, and of the file."""
+
+SHORTEST = 1e-12
+"""Least length that a state is divided by, as in torch.nn.functional.normalize."""
 
 
 class Graph:
@@ -270,8 +273,8 @@ def model_graph(model: SequenceModel, tail: int) -> onnx.ModelProto:
     Inputs: x (B × Q × E), mask (B or 1 × 1 × Q × T: 0 or UNSEEN), of each block keys and values of earlier positions (B × H × P
     × D, keys turned); by the settings far (Q × T: distances as position biases are indexed), buckets (B × Q × T: of durations),
     cos and sin (Q × D / 2), tokens, dark, lit (B × Q × M: token states, 0 or UNSEEN; B × Q × 1: whether any is seen), text_keys
-    and text_values (a line for each token state). Outputs: states (B × R × E), not yet placed, and of each block all_keys and
-    all_values (B × H × T × D).
+    and text_values (a line for each token state). Outputs: states and the same placed (B × R × E), and of each block all_keys
+    and all_values (B × H × T × D).
     """
     reading = _Reading(model, tail)
     graph, text = reading.graph, model.text_attention
@@ -285,8 +288,18 @@ def model_graph(model: SequenceModel, tail: int) -> onnx.ModelProto:
         reading.cuts = True
         x = reading.cut(x)
     shape = graph.add("Concat", reading.batch, graph.constant([-1, reading.size]), axis=0)
+    states = graph.add("Reshape", x, shape)
     names = [f"all_{name}_{depth}" for depth in range(len(reading.blocks)) for name in ("keys", "values")]
-    return graph.finished({"states": graph.add("Reshape", x, shape), **dict(zip(names, reading.made, strict=True))})
+    placed = {"states": states, "placed": _placed(graph, states, model.settings)}
+    return graph.finished({**placed, **dict(zip(names, reading.made, strict=True))})
+
+
+def _placed(graph: Graph, states: str, settings: ModelSettings) -> str:
+    """As recsys.scoring.place_users."""
+    if settings.similarity == "cosine":
+        lengths = graph.add("ReduceL2", states, graph.constant([2]), keepdims=1)
+        states = graph.add("Div", states, graph.add("Max", lengths, graph.constant(SHORTEST)))
+    return graph.add("Div", states, graph.constant(settings.temperature))
 
 
 def ranker_graph(ranker: Ranker, depth: int) -> onnx.ModelProto:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -86,6 +88,15 @@ class Scan:
         self.vectors_VE = vectors_VE
         self.vectors: np.ndarray[Any, Any] = vectors_VE.cpu().numpy()
         self.longest = float(vectors_VE.norm(dim=1).max())
+        self._own = threading.local()
+
+    @property
+    def marks(self) -> np.ndarray[Any, Any]:
+        """False for every item and behind the last, for whoever marks some and unmarks them again; each thread has its own."""
+        found = getattr(self._own, "marks", None)
+        if found is None:
+            found = self._own.marks = np.zeros(len(self.vectors) + 1, bool)
+        return found
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         vectors_VE, lines_V = self.vectors_VE, None
@@ -150,6 +161,7 @@ class Index:
         """The same index, searched by other `probes` and `breadth`."""
         other = copy.copy(self)
         other.settings = settings
+        vars(other).pop("_free", None)
         return other
 
     def append(self, vectors_VE: Tensor) -> None:
@@ -184,23 +196,31 @@ class Index:
         faiss = _faiss()
         if self.threads is not None and faiss.omp_get_max_threads() != self.threads:  # OpenMP keeps it for each calling thread
             faiss.omp_set_num_threads(self.threads)
-        chosen: dict[str, Any] = {}
+        parameters = self._free if allowed_V is None and n <= self.settings.breadth else self._parameters(n, allowed_V)
+        index = self._index if self._gpu is None or allowed_V is not None or n > GPU_CANDIDATES else self._gpu
+        scores_BN, lines_BN = index.search(states_BE.float().cpu().contiguous().numpy(), n, params=parameters)
+        if lines_BN[:, -1].min() < 0:
+            scores_BN[lines_BN < 0] = -np.inf
+        return torch.from_numpy(lines_BN).to(states_BE.device), torch.from_numpy(scores_BN).to(states_BE.device)
+
+    @cached_property
+    def _free(self) -> Any:
+        """How it is searched without a filter."""
+        return self._parameters(1, None)
+
+    def _parameters(self, n: int, allowed_V: Tensor | None) -> Any:
+        faiss, chosen = _faiss(), dict[str, Any]()
         if allowed_V is not None:
             chosen["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed_V.cpu().numpy(), bitorder="little"))
         if self.kind in ("ivf", "ivf_sq8"):
-            parameters = faiss.SearchParametersIVF(nprobe=self.settings.probes, **chosen)
-        elif self.kind == "hnsw":
-            breadth = max(self.settings.breadth, n)
-            if allowed_V is not None:  # so that it keeps as many allowed candidates as without a filter
-                allowed = int(np.count_nonzero(allowed_V.numpy()))
-                breadth = min(breadth * len(allowed_V) // max(allowed, 1), len(allowed_V))
-            parameters = faiss.SearchParametersHNSW(efSearch=breadth, **chosen)
-        else:
-            parameters = faiss.SearchParameters(**chosen)
-        index = self._index if self._gpu is None or allowed_V is not None or n > GPU_CANDIDATES else self._gpu
-        scores_BN, lines_BN = index.search(states_BE.float().cpu().contiguous().numpy(), n, params=parameters)
-        scores, lines = torch.from_numpy(scores_BN).to(states_BE.device), torch.from_numpy(lines_BN).to(states_BE.device)
-        return lines, scores.masked_fill(lines < 0, -torch.inf)
+            return faiss.SearchParametersIVF(nprobe=self.settings.probes, **chosen)
+        if self.kind != "hnsw":
+            return faiss.SearchParameters(**chosen)
+        breadth = max(self.settings.breadth, n)
+        if allowed_V is not None:  # so that it keeps as many allowed candidates as without a filter
+            allowed = int(np.count_nonzero(allowed_V.numpy()))
+            breadth = min(breadth * len(allowed_V) // max(allowed, 1), len(allowed_V))
+        return faiss.SearchParametersHNSW(efSearch=breadth, **chosen)
 
 
 def lists(items: int) -> int:

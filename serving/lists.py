@@ -81,9 +81,9 @@ def ordered(rows_C: Array, scores_C: Array, k: int) -> tuple[Array, Array]:
 
     Candidates that score -inf are left out. Score and row make one integer, so that no sort can break a tie otherwise.
     """
-    scores_C = scores_C.astype(np.float32) + np.float32(0.0)  # -0.0 has other bits than 0.0
+    scores_C = np.add(scores_C, np.float32(0.0), dtype=np.float32)  # -0.0 has other bits than 0.0
     bits_C = scores_C.view(np.int32).astype(np.int64)
-    bits_C = np.where(bits_C < 0, bits_C ^ 0x7FFFFFFF, bits_C)  # now ordered as the floats are
+    bits_C ^= (bits_C >> 63) & 0x7FFFFFFF  # now ordered as the floats are
     keys_C = rows_C - (bits_C << 32)
     if NARROW < len(keys_C) > 4 * k:
         chosen_C = keys_C.argpartition(k)[:k]

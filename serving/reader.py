@@ -125,6 +125,7 @@ class GraphReader:
         self._session = session(graph)
         self._inputs = [given.name for given in self._session.get_inputs()]
         self._past = [name for name in self._inputs if name.startswith(("keys_", "values_"))]
+        self._made = [f"all_{name}" for name in self._past]
         self._heads, self._width = settings.heads, settings.embedding_size // settings.heads
         self._events = _event_parts(model)
         self._last_row = len(self._events) - 1
@@ -138,14 +139,14 @@ class GraphReader:
         self.kept = Kept(KEPT_BYTES)
 
     def read(self, seen: Seen, span: int) -> tuple[Array, Look | None]:
-        """States behind the last events, not placed, shape B × E; and what a ranker looks at, where `span` is not 0."""
-        (states_BRE,) = self._run(seen, 0, None, keeps=False)
+        """Placed states behind the last events, shape B × E, and what a ranker looks at, where `span` is not 0."""
+        states_BRE, placed_BRE = self._run(seen, 0, None, "states", "placed")
         own_B = seen.lengths_B - 1 - seen.rows_BT.shape[1] + states_BRE.shape[1]
-        states_BE = states_BRE[np.arange(len(own_B)), own_B]
+        placed_BE = placed_BRE[np.arange(len(own_B)), own_B]
         if not span:
-            return states_BE, None
+            return placed_BE, None
         backs = [_back(states_RE, own, self.span) for states_RE, own in zip(states_BRE, own_B, strict=True)]
-        return states_BE, self._look(seen, np.stack(backs))
+        return placed_BE, self._look(seen, np.stack(backs))
 
     def read_one(self, seen: Seen, span: int) -> tuple[Array, Look | None]:
         """The same for one history, of which all is used that was read of it before."""
@@ -154,31 +155,31 @@ class GraphReader:
         if found is None:
             found = self._extended(seen)
             self.kept.put(whole, found)
-        return found[0][None], self._look(seen, found[1][None]) if span else None
+        return found[0], self._look(seen, found[1]) if span else None
 
     def _extended(self, seen: Seen) -> tuple[Array, ...]:
-        """State and, for a ranker, the states of the last events, the last one first."""
+        """The placed state and, for a ranker, the states of the last events, the last one first."""
         length, positions = int(seen.lengths_B[0]), seen.rows_BT.shape[1]
         whole = (length - 1) // POSITIONS * POSITIONS if self.causal else 0
-        before, start = None, 0
-        for start in range(whole, 0, -POSITIONS):
+        before, start = None, whole
+        while start and before is None:
             before = self.kept.get(self._key(seen, start))
-            if before is not None:
-                break
-        else:
-            start = 0
-        past = None if before is None else before[1:]
-        states_BRE, *made = self._run(seen, start, past, keeps=whole > start)
-        states_RE = states_BRE[0]
-        if before is not None and self.span:
-            states_RE = np.concatenate([before[0], states_RE])
-        own = length - 1 - positions + len(states_RE)
-        if whole > start:
+            start -= POSITIONS * (before is None)
+        keeps = whole > start
+        wanted = ["placed", *(["states"] if self.span else []), *(self._made if keeps else [])]
+        placed_BRE, *made = self._run(seen, start, None if before is None else before[1:], *wanted)
+        own = length - 1 - positions + placed_BRE.shape[1]
+        placed_1E = placed_BRE[:, own].copy()
+        states_RE = placed_BRE[0, :0]
+        if self.span:
+            states_RE = made.pop(0)[0] if before is None else np.concatenate([before[0], made.pop(0)[0]])
+        if keeps:
             end = whole - positions + len(states_RE)
-            behind = states_RE[max(0, end - self.span) : max(0, end)] if self.span else states_RE[:0]
-            self.kept.put(self._key(seen, whole), (behind.copy(), *(part[:, :, :whole].copy() for part in made)))
-        found = states_RE[own].copy()
-        return (found, _back(states_RE, own, self.span)) if self.span else (found,)
+            behind = states_RE[max(0, end - self.span) : max(0, end)].copy()
+            self.kept.put(self._key(seen, whole), (behind, *(part[:, :, :whole].copy() for part in made)))
+        if not self.span:
+            return (placed_1E,)
+        return placed_1E, _back(states_RE, length - 1 - positions + len(states_RE), self.span)[None]
 
     def _look(self, seen: Seen, states_BSE: Array) -> Look:
         lines_B = np.arange(len(seen))
@@ -196,8 +197,8 @@ class GraphReader:
         key.update(seen.asked_BT[0, :events].tobytes())
         return key.digest()
 
-    def _run(self, seen: Seen, start: int, past: tuple[Array, ...] | None, keeps: bool) -> list[Array]:
-        """States of the last positions, and if wanted keys and values of all; those of P = start are given."""
+    def _run(self, seen: Seen, start: int, past: tuple[Array, ...] | None, *wanted: str) -> list[Array]:
+        """Outputs of the graph, which reads from `start` on; keys and values of what is before are given."""
         batch, positions = seen.rows_BT.shape
         if past is None:
             past = (np.zeros((batch, self._heads, 0, self._width), np.float32),) * len(self._past)
@@ -209,7 +210,6 @@ class GraphReader:
             feed["buckets"] = buckets(seen.asked_BT[:, start:, None] - seen.times_BT[:, None])
         if self._text is not None:
             feed.update(self._text.window(seen.rows_BT, start))
-        wanted = ["states", *(f"all_{name}" for name in self._past)] if keeps else ["states"]
         outputs: list[Array] = self._session.run(wanted, feed)
         return outputs
 
@@ -370,6 +370,8 @@ def _event_parts(model: SequenceModel) -> Array:
 def _back(states_RE: Array, own: int, span: int) -> Array:
     """The last `span` states up to one, the last first; 0 where there are fewer."""
     found: Array = states_RE[max(0, own + 1 - span) : own + 1][::-1]
+    if len(found) == span:
+        return found.copy()
     return np.concatenate([found, np.zeros((span - len(found), states_RE.shape[1]), np.float32)])
 
 
@@ -439,7 +441,7 @@ def _both_states(model: SequenceModel, path: Path, span: int) -> tuple[Array, Ar
         batch = Batch.of(rows.tolist(), times.tolist())
         x_BTE, view = model.read(batch, now_B, positions=-(-(length + 1) // POSITIONS) * POSITIONS)
         last = torch.arange(2), view.lengths_B - 1
-        wanted.append(x_BTE[last])
+        wanted.append(model.place(x_BTE[last]))
         seen = Seen(*(part.numpy() for part in (view.rows_BT, view.times_BT, view.asked_BT, view.lengths_B)))
         ours.append(reader.read(seen, 0)[0])
     return np.concatenate(ours), torch.cat(wanted).numpy()

@@ -42,6 +42,10 @@ def find(
         searcher = scan
     items, count = len(scan.vectors), len(states_BE)
     seen = [_NONE] * count if hidden is None else _lines(hidden)
+    if count == 1 and len(seen[0]) <= LONG:
+        depth = _depth(k + MARGIN + len(seen[0]), items)
+        (rows_K,), (scores_K,) = _search(searcher, scan, states_BE, [0], seen, k, depth, allowed_V)
+        return torch.from_numpy(rows_K)[None], torch.from_numpy(scores_K)[None]
     rows_BK, scores_BK = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
     alike: dict[int, list[int]] = {}
     for place, lines in enumerate(seen):
@@ -89,7 +93,7 @@ def _search(
     """Rows and scores of the k best items outside each `seen`, from n candidates, or more where n do not settle it."""
     lines_BN, rough_BN = (found.cpu().numpy() for found in searcher.search(states_BE, n, allowed_V))
     rows, scores = [], []
-    marked_V = np.zeros(len(scan.vectors) + 1, bool)  # the last line is nobody's: -1, and what is behind the catalogue
+    marked_V = scan.marks
     for line, state_E in enumerate(states_BE.cpu().numpy()):
         settled, *found = _settle(searcher.exact, scan, state_E, lines_BN[line], rough_BN[line], seen[chunk[line]], marked_V, k)
         if not settled:

@@ -145,15 +145,16 @@ class Service:
         self._views: dict[str, View] = {}
         self._costs: dict[tuple[str, str, str], Cost] = {}
         self._answered = self._busy = self._writing = 0
-        self._pool = ThreadPoolExecutor(2, "store")
-        self._thread = ThreadPoolExecutor(1, "heavy")
+        self._pool: ThreadPoolExecutor | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.watch_queue(lambda: len(self.desk))
         for arm in arms.all:
             self.metrics.loaded(arm.name, arm.recommender.id)
 
     async def start(self) -> None:
-        """Take requests, and watch the lists and the store."""
+        """Take requests, and watch the lists and the store; after a stop also again."""
+        self._pool, self._thread = ThreadPoolExecutor(2, "store"), ThreadPoolExecutor(1, "heavy")
         self._tasks = [asyncio.create_task(self.desk.run()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
@@ -162,8 +163,9 @@ class Service:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        self._pool.shutdown()
-        self._thread.shutdown()
+        for pool in (self._pool, self._thread):
+            if pool is not None:
+                pool.shutdown()
 
     async def _watch(self) -> None:
         """From time to time read the lists anew, if they are others, and ask the store whether it is there."""

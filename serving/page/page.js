@@ -2,7 +2,8 @@
 
 const WAIT_MS = 120; // of rest before a change is asked about
 const HOUR = 3600;
-const HINT = "Share of attention by layer (L) and head (H); the darker, the more. Point at a cell to read it.";
+const [NAMES, TOP, HIGH] = [46, 100, 21]; // of the map of attention: width of the lines' names, height of the titles and of a line
+const HINT = "Share of attention by layer (L) and head (H); the stronger the colour, the more. Point at a cell to read it.";
 const SVG = "http://www.w3.org/2000/svg";
 const SHAPES = new Set(["svg", "g", "rect", "text", "title"]);
 const byId = (id) => document.getElementById(id);
@@ -367,7 +368,7 @@ function drawItem(item, answer, marked, section) {
     make("span", { class: "number" }, String(item.rank)),
     make("div", { class: "what" },
       make("div", { class: "title" }, item.title, make("small", {}, String(item.item_id)), ...badge, make("span", { class: "tags" })),
-      ...drawReasons(item.reasons)),
+      ...drawReasons(item.reasons, answer)),
     make("div", { class: "score", title: "Scores compare within one list alone" }, make("span", {}, told(item.score)), bar),
     make("button", { type: "button", class: "small", "data-key": `add ${answer.arm} ${item.item_id}`, title: "Add to the history",
       "aria-label": `Add to the history: ${item.title}`, onclick: () => add(item) }, "+"));
@@ -385,8 +386,9 @@ function width(score, scores) {
   return high > base ? (100 * (score - base)) / (high - base) : 100;
 }
 
-function drawReasons(reasons) {
-  if (!reasons.length) return [];
+function drawReasons(reasons, answer) {
+  if (!answer.attention.length) return [];
+  if (!reasons.length) return [make("p", { class: "reasons" }, "no event alone carries it")];
   const named = reasons.flatMap((reason, place) => [place ? ", " : "because of ",
     make("span", { class: "reason", title: `Without it the score falls by ${told(reason.drop)}` }, reason.title, " ",
       make("small", {}, `−${told(reason.drop)}`))]);
@@ -400,7 +402,7 @@ function light(reasons, answer, section) {
   const known = events.filter((event) => !missing.has(String(event.item_id)));
   const carried = new Set(known.filter((_, place) => numbers.has(place + 1)).map((event) => String(event.key)));
   for (const column of section.querySelectorAll("[data-event]")) column.classList.toggle("lit", numbers.has(Number(column.dataset.event)));
-  section.querySelector("svg")?.classList.toggle("dim", numbers.size > 0);
+  section.querySelector(".scroll svg")?.classList.toggle("dim", numbers.size > 0);
   for (const row of byId("history").children) row.classList.toggle("lit", carried.has(row.dataset.key));
 }
 
@@ -430,30 +432,31 @@ function drawAttention(read) {
   const told = make("p", { class: "quiet cell-told" }, HINT);
   const scroll = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Attention by head and event" },
     drawMap(read, lines, (words) => (told.textContent = words)));
+  const names = lines.map((line, place) => make("text", { x: 0, y: TOP + HIGH * place + (place ? 18 : 14) }, line.name));
+  const beside = make("svg", { width: NAMES, height: TOP + HIGH * lines.length, "aria-hidden": "true" }, ...names);
   requestAnimationFrame(() => (scroll.scrollLeft = scroll.scrollWidth));
-  return make("div", { class: "attention" }, make("h3", {}, "What the model looked at"), scroll, told);
+  return make("div", { class: "attention" }, make("h3", {}, "What the model looked at"), make("div", { class: "map" }, beside, scroll), told);
 }
 
 function drawMap(read, lines, tell) {
   const room = parseFloat(getComputedStyle(byId("lists")).gridTemplateColumns);
-  const [left, top, high, right] = [50, 100, 21, 64];
-  const wide = Math.max(17, Math.min(64, Math.floor((room - left - right - 38) / read.length)));
+  const right = 64; // for the last title, which leans out
+  const wide = Math.max(17, Math.min(64, Math.floor((room - NAMES - right - 38) / read.length)));
   const most = Math.max(...lines.flatMap((line) => line.shares)) || 1;
-  const [width, height] = [left + wide * read.length + right, top + high * lines.length + 6];
-  const names = lines.map((line, place) => make("text", { x: 0, y: top + high * place + (place ? 18 : 14) }, line.name));
+  const [width, height] = [wide * read.length + right, TOP + HIGH * lines.length + 6];
   const columns = read.map((event, place) => {
-    const x = left + wide * place;
+    const x = wide * place;
     const cells = lines.map((line, down) => {
       const words = `${event.title} · ${line.words} · ${percent(line.shares[place])}`;
-      return make("rect", { x: x + 1, y: top + high * down + (down ? 4 : 0), width: wide - 2, height: high - 2, rx: 3,
+      return make("rect", { x: x + 1, y: TOP + HIGH * down + (down ? 4 : 0), width: wide - 2, height: HIGH - 2, rx: 3,
         "fill-opacity": 0.06 + 0.94 * Math.sqrt(line.shares[place] / most), onpointerenter: () => tell(words) },
         make("title", {}, words));
     });
-    const turned = `translate(${x + wide / 2 + 3} ${top - 6}) rotate(-55)`;
+    const turned = `translate(${x + wide / 2 + 3} ${TOP - 6}) rotate(-55)`;
     return make("g", { "data-event": event.event }, make("text", { transform: turned }, cut(event.title, 16)), ...cells);
   });
   const all = `Attention: ${read.map((event, place) => `${event.title} ${percent(lines[0].shares[place])}`).join(", ")}`;
-  return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": all }, ...names, ...columns);
+  return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": all }, ...columns);
 }
 
 // Start
