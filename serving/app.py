@@ -22,6 +22,7 @@ import msgspec
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
@@ -275,7 +276,7 @@ def _api(online: Online) -> FastAPI:
 
     for operation, work in _cold(service).items():
         found = next(each for each in OPERATIONS if each.name == operation)
-        route(found.method, re.sub(r"\{(\w+)\}", r"{\1:path}", found.path), found.path, work)
+        route(found.method, re.sub(r"\{(\w+)\}", r"{\1:id}", found.path), found.path, work)
     for name, path in {"index.html": "/", "favicon.ico": "/favicon.ico"}.items():
         route("GET", path, path, lambda request, call, name=name: _page(online.page, name, request))  # type: ignore[misc]
     route("GET", "/page/{name}", "/page/{name}", lambda request, call: _page(online.page, request.path_params["name"], request))
@@ -298,7 +299,7 @@ def _api(online: Online) -> FastAPI:
 
 
 def _matches(template: str, path: str) -> bool:
-    return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(template)), path) is not None
+    return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(template)), path, re.DOTALL) is not None
 
 
 async def _at_once(found: bytes | Reply) -> bytes | Reply:
@@ -382,6 +383,21 @@ async def _page(folder: Path, name: str, request: Request) -> Reply:
     if tag in [part.strip().encode() for part in request.headers.get("if-none-match", "").split(",")]:
         return Reply(304, b"", headers, kind)
     return Reply(200, content, headers, kind)
+
+
+class Id(Convertor[str]):
+    """An id in a path: any text, also one with slashes and line ends."""
+
+    regex = r"[\s\S]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("id", Id())
 
 
 class Server(uvicorn.Server):

@@ -33,10 +33,16 @@ DOORS = {
     "optuna": {"training/tune.py"},
     "sentence_transformers": {"recsys/text.py"},
     "transformers": {"recsys/text.py"},
+    "onnx": {"serving/graph.py"},
+    "onnxruntime": {"serving/reader.py"},
     "fastapi": {"serving/app.py"},
     "starlette": {"serving/app.py"},
     "uvicorn": {"serving/app.py"},
-    "pydantic": {"recsys/config.py", "serving/app.py"},
+    "prometheus_client": {"serving/telemetry.py"},
+    "opentelemetry": {"serving/telemetry.py"},
+    "redis": {"serving/stores.py"},
+    "lmdb": {"serving/stores.py"},
+    "pydantic": {"recsys/config.py"},
     "typer": {"recsys/__main__.py"},
     "rich": COMMAND,
 }
@@ -49,7 +55,11 @@ WITHIN_FUNCTIONS = {
     "sentence_transformers": (),
     "transformers": (),
     "faiss": ("serving",),
-    "pydantic": ("serving",),
+    "onnx": (),
+    "onnxruntime": (),
+    "opentelemetry": (),
+    "redis": (),
+    "lmdb": (),
 }
 """Dependency → the layers that may load it with the module; everywhere else it loads where it is used."""
 CORE = {"torch"}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import msgspec
@@ -346,6 +347,16 @@ def test_events_are_kept_once_and_counted(client: TestClient) -> None:
     told = client.get("/v1/users/e").json()
     assert [(event["item_id"], event["time"]) for event in told["events"]] == [("gone", 10), (5, 20)]
     assert [event["title"] for event in told["events"]] == [None, "Story 5 of 997"]
+
+
+@pytest.mark.parametrize("user", ["a/b", "a\nb", "\n", "..", "a?b#c", "é %", "x" * 500, " "])
+def test_any_id_can_be_asked_for_and_erased_by_its_path(user: str, client: TestClient) -> None:
+    happened(client, user, 5)
+    path = f"/v1/users/{quote(user, safe='').replace('.', '%2E')}"
+    assert client.get(path).json()["user_id"] == user
+    assert len(client.get(path).json()["events"]) == 1
+    assert client.delete(path).json()["history"] is True
+    assert client.get(path).json()["events"] == []
 
 
 def test_keep_is_how_many_events_of_a_user_are_kept(bundles: dict[str, Path]) -> None:
