@@ -1,13 +1,10 @@
 // A history in, lists with their reasons out. What the API tells goes into the document as text alone, never as markup.
 
+import { byId, count, figure, make, redraw } from "./elements.js";
+import { drawAttention } from "./map.js";
+
 const WAIT_MS = 120; // of rest before a change is asked about
 const HOUR = 3600;
-const [NAMES, TOP, HIGH] = [46, 100, 21]; // of the map of attention: width of the lines' names, height of the titles and of a line
-const HINT = "Share of attention by layer (L) and head (H); the stronger the colour, the more. Point at a cell to read it.";
-const SVG = "http://www.w3.org/2000/svg";
-const SHAPES = new Set(["svg", "g", "rect", "text", "title"]);
-const byId = (id) => document.getElementById(id);
-
 let events = []; // oldest first: {key, item_id, title, time}
 let stored = null; // the user whose events these are, until one is changed
 let arms = [];
@@ -20,42 +17,11 @@ let timer = 0;
 let running = Promise.resolve();
 const described = new Map();
 
-// Elements
-
-function make(tag, attributes = {}, ...children) {
-  const node = SHAPES.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children);
-  return node;
-}
-
-function redraw(node, ...children) {
-  const buttons = () => [...node.querySelectorAll("button:enabled")];
-  const place = buttons().indexOf(document.activeElement);
-  const key = document.activeElement.dataset.key;
-  node.replaceChildren(...children);
-  if (place < 0) return;
-  const again = buttons();
-  (again.find((button) => button.dataset.key === key) ?? again[Math.min(place, again.length - 1)])?.focus({ preventScroll: true });
-}
-
-function told(number) {
-  if (Number.isInteger(number)) return String(number);
-  return Math.abs(number) < 1 ? number.toPrecision(2) : number.toFixed(2);
-}
-
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
-const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
-const count = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
-
 // The API
 
 // Whole numbers that a double cannot hold are ids; as text they stay what they are.
 function exact(_, value, context) {
-  return Number.isInteger(value) && !Number.isSafeInteger(value) && context?.source ? context.source : value;
+  return Number.isInteger(value) && !Number.isSafeInteger(value) && /^-?\d+$/.test(context?.source) ? context.source : value;
 }
 
 async function call(path, question) {
@@ -67,7 +33,7 @@ async function call(path, question) {
     response = await fetch(path, { method: question ? "POST" : "GET", headers, body: question && JSON.stringify(question) });
     found = JSON.parse(await response.text(), exact);
   } catch {
-    throw new Error(response ? `The server answered ${response.status} in another form; ask again.` : "The server does not answer.");
+    throw new Error(response ? `The server answered ${response.status}, not in JSON.` : "The server does not answer.");
   }
   if (response.status === 401) byId("key-form").hidden = false;
   if (!response.ok) throw new Error(found.detail);
@@ -79,6 +45,8 @@ function problem(line) {
   byId("problem").hidden = !line;
 }
 
+const telling = (act) => (...given) => act(...given).catch((error) => problem(error.message));
+
 function useKey(submitted) {
   submitted.preventDefault();
   sessionStorage.setItem("key", byId("key").value.trim());
@@ -89,7 +57,7 @@ function useKey(submitted) {
 
 // History
 
-const entry = ({ item_id, title, time }) => ({ key: ++keys, item_id, title: title ?? "An item that this bundle does not know", time });
+const entry = ({ item_id, title, time }) => ({ key: ++keys, item_id, title: title ?? "An item of another bundle", time });
 
 function change(next, user = null) {
   [events, stored] = [next, user];
@@ -121,9 +89,10 @@ function timesTold() {
 }
 
 function drawEvent(event, place) {
-  const button = (name, sign, disabled, onclick) =>
-    make("button", { type: "button", class: "small", "aria-label": `${name}: ${event.title}`, title: name, disabled, onclick,
-      "data-key": `${name} ${event.key}` }, sign);
+  const button = (name, sign, disabled, onclick) => make("button", {
+    type: "button", class: "small", title: name, "aria-label": `${name}: ${event.title}`, "data-key": `${name} ${event.key}`,
+    disabled, onclick,
+  }, sign);
   return make("li", { "data-key": event.key },
     make("span", { class: "number" }, String(place + 1)),
     make("span", { class: "title", title: event.title }, event.title, " ", make("small", {}, String(event.item_id))),
@@ -132,17 +101,12 @@ function drawEvent(event, place) {
     button("Remove", "×", false, () => change(events.filter((other) => other !== event))));
 }
 
-async function loadUser(submitted) {
+const loadUser = telling(async (submitted) => {
   submitted.preventDefault();
   const id = byId("user").value.trim();
-  try {
-    const user = await call(`/v1/users/${encodeURIComponent(id)}`);
-    change(user.events.map(entry), id);
-    byId("history").scrollTop = byId("history").scrollHeight;
-  } catch (error) {
-    problem(error.message);
-  }
-}
+  change((await call(`/v1/users/${encodeURIComponent(id)}`)).events.map(entry), id);
+  byId("history").scrollTop = byId("history").scrollHeight;
+});
 
 // Search
 
@@ -150,23 +114,20 @@ let hits = [];
 let active = -1;
 let searches = 0;
 
-async function search() {
+const search = telling(async () => {
   const turn = ++searches;
+  hits = []; // those still shown are of other words
   await new Promise((resume) => setTimeout(resume, WAIT_MS));
   if (turn !== searches) return;
-  try {
-    const found = await call(`/v1/items?limit=12&q=${encodeURIComponent(byId("search").value.trim())}`);
-    if (turn === searches) drawHits(found.items);
-  } catch (error) {
-    problem(error.message);
-  }
-}
+  const found = await call(`/v1/items?limit=12&q=${encodeURIComponent(byId("search").value.trim())}`);
+  if (turn === searches) drawHits(found.items);
+});
 
 function drawHits(items) {
   hits = items;
-  const options = items.map((item, place) =>
-    make("li", { role: "option", id: `hit-${place}`, "aria-selected": "false", onpointerdown: (down) => down.preventDefault(),
-      onclick: () => choose(place) }, item.title, " ", make("small", {}, String(item.item_id))));
+  const options = items.map((item, place) => make("li", {
+    role: "option", id: `hit-${place}`, onpointerdown: (down) => down.preventDefault(), onclick: () => choose(place),
+  }, item.title, " ", make("small", {}, String(item.item_id))));
   const none = make("li", { class: "quiet", role: "option", "aria-disabled": "true" }, "No title holds this.");
   byId("hits").replaceChildren(...(options.length ? options : [none]));
   byId("hits").hidden = false;
@@ -176,11 +137,10 @@ function drawHits(items) {
 
 function point(place) {
   active = place;
-  for (const [number, option] of [...byId("hits").children].entries()) option.setAttribute("aria-selected", String(number === place));
+  [...byId("hits").children].forEach((option, number) => option.setAttribute("aria-selected", String(number === place)));
   const option = byId(`hit-${place}`);
   option?.scrollIntoView({ block: "nearest" });
-  if (option) byId("search").setAttribute("aria-activedescendant", option.id);
-  else byId("search").removeAttribute("aria-activedescendant");
+  byId("search").setAttribute("aria-activedescendant", option?.id ?? "");
 }
 
 function choose(place) {
@@ -195,13 +155,13 @@ function closeHits() {
   [hits, active] = [[], -1];
   byId("hits").hidden = true;
   byId("search").setAttribute("aria-expanded", "false");
-  byId("search").removeAttribute("aria-activedescendant");
+  byId("search").setAttribute("aria-activedescendant", "");
 }
 
 function searchKey(pressed) {
   const step = { ArrowDown: 1, ArrowUp: -1 }[pressed.key];
   if (step && !hits.length) search();
-  else if (step) point((active + step + hits.length) % hits.length);
+  else if (step) point((Math.max(active, step > 0 ? -1 : 0) + step + hits.length) % hits.length);
   else if (pressed.key === "Enter") choose(active);
   else if (pressed.key === "Escape") closeHits();
   if (step || pressed.key === "Enter") pressed.preventDefault();
@@ -244,21 +204,24 @@ function booleanFilter(name) {
 }
 
 function numberFilter(name, filter) {
-  const ends = ["min", "max"].map((end) =>
-    make("input", { type: "number", step: "any", placeholder: filter[end] ?? end, "aria-label": `${name}, ${end}`, oninput: read }));
+  const ends = ["min", "max"].map((end) => make("input", {
+    type: "number", step: "any", placeholder: filter[end] ?? end, "aria-label": `${name}, ${end}`, oninput: read,
+  }));
   function read() {
     const given = ["min", "max"].map((end, place) => [end, ends[place].value]).filter(([, value]) => value !== "");
     condition(name, given.length ? Object.fromEntries(given.map(([end, value]) => [end, Number(value)])) : undefined);
   }
-  return make("div", { class: "filter line" }, make("span", {}, name), make("span", { class: "range" }, ends[0], "to", ends[1]));
+  const range = make("span", { class: "range" }, ends[0], "to", ends[1]);
+  return make("div", { class: "filter line" }, make("span", {}, name), range);
 }
 
 function textFilter(name, filter) {
   const picked = new Set();
   const said = make("span", { class: "picked" });
   const options = make("div", { class: "options" }, ...filter.values.map((value) => option(value)));
-  const find = make("input", { type: "search", placeholder: "Find a value", "aria-label": `Find a value of ${name}`, oninput: narrow,
-    onkeydown: take });
+  const find = make("input", {
+    type: "search", placeholder: "Find a value", "aria-label": `Find a value of ${name}`, oninput: narrow, onkeydown: take,
+  });
   function option(value, checked = false) {
     const box = make("input", { type: "checkbox", checked, onchange: () => pick(value, box.checked) });
     return make("label", {}, box, value);
@@ -285,11 +248,12 @@ function textFilter(name, filter) {
 
 // Answers
 
+// One question at a time, so that the server has no queue of old ones.
 function ask() {
   const turn = ++latest;
   byId("lists").setAttribute("aria-busy", "true");
   clearTimeout(timer);
-  timer = setTimeout(() => (running = running.then(() => answer(turn))), WAIT_MS); // one at a time, so that the server has no queue of old ones
+  timer = setTimeout(() => (running = running.then(() => answer(turn))), WAIT_MS);
 }
 
 async function answer(turn) {
@@ -312,18 +276,18 @@ async function recommend(arm) {
   const now = Math.floor(Date.now() / 1000);
   const times = events.map((event, place) => (stored ? event.time : now - HOUR * (events.length - place)));
   const started = performance.now();
-  const told = await call("/v1/recommend", {
-    history: events.map((event) => event.item_id), times, arm, where, ...chosen,
+  const answer = await call("/v1/recommend", {
+    history: events.map((event) => event.item_id), times, arm, ...chosen,
     k: Number(byId("k").value), filter_seen: byId("seen").checked, ignore_unknown: true, explain: true,
   });
-  return { ...told, milliseconds: performance.now() - started };
+  return { ...answer, milliseconds: performance.now() - started };
 }
 
 function drawAnswers(answers) {
   byId("summary").textContent = summary(answers);
   byId("lists").classList.toggle("two", answers.length > 1);
   byId("lists").setAttribute("aria-busy", "false");
-  redraw(byId("lists"), ...answers.map((told, place) => drawAnswer(told, answers[1 - place], place)));
+  redraw(byId("lists"), ...answers.map((each, place) => drawAnswer(each, answers[1 - place], place)));
 }
 
 function summary([first, second]) {
@@ -332,46 +296,50 @@ function summary([first, second]) {
   const both = second?.items.filter((item) => ids.has(item.item_id)).length;
   const from = events.length ? `from ${count(events.length, "event")}` : "for anyone: search for items to begin a history";
   const left = first.unknown.length ? `; ${first.unknown.length} of no known item left out` : "";
-  return `${count(first.items.length, "item")} ${from}${left}${second ? ` · ${both} of ${first.items.length} in both lists` : ""}`;
+  const shared = second ? ` · ${both} of ${first.items.length} in both lists` : "";
+  return `${count(first.items.length, "item")} ${from}${left}${shared}`;
 }
 
-function drawAnswer(told, other, place) {
-  const section = make("section", { class: "card answer", "aria-label": `List of the ${told.arm}` });
-  const seconds = make("span", { title: "There and back, with the reasons" }, `${Math.round(told.milliseconds)} ms`);
-  const fallback = told.fallback ? [make("span", { class: "badge warn" }, `fallback: ${told.fallback}`)] : [];
-  const head = make("div", { class: "head" }, make("h2", {}, told.arm),
-    make("span", { class: "badge" }, told.source), ...fallback, make("p", { class: "quiet" }, make("code", {}, told.bundle), seconds));
-  const list = make("ol", { class: "list" }, ...told.items.map((item) => drawItem(item, told, mark(item, other, place), section)));
-  section.append(head, told.attention.length ? drawAttention(told.attention) : make("div", { class: "quiet nothing" }, why(told)), list);
+function drawAnswer(answer, other, place) {
+  const section = make("section", { class: "card answer", "aria-label": `List of the ${answer.arm}` });
+  const badges = [make("span", { class: "badge" }, answer.source)];
+  if (answer.fallback) badges.push(make("span", { class: "badge warn" }, `fallback: ${answer.fallback}`));
+  const took = make("span", { title: "There and back, with the reasons" }, `${Math.round(answer.milliseconds)} ms`);
+  const about = make("p", { class: "quiet" }, make("code", { title: "The bundle that answered" }, answer.bundle), took);
+  const nothing = make("p", { class: "quiet nothing" }, "The most popular items: there is no history to read.");
+  const items = answer.items.map((item) => drawItem(item, answer, mark(item, other, place), section));
+  section.append(
+    make("div", { class: "head" }, make("h2", {}, answer.arm), ...badges, about),
+    answer.attention.length ? drawAttention(answer.attention) : nothing,
+    make("ol", { class: "list" }, ...items));
   return section;
 }
 
-function why(told) {
-  return told.source === "popularity" ? "The most popular items: there is no history to read yet." : "";
-}
-
-// How an item stands in this list, seen from the other: the second list is the one that moved.
+// How an item stands in this list, seen from the other: a class, a sign and words. The second list is the one that moved.
 function mark(item, other, place) {
-  if (!other) return null;
+  if (!other) return [];
   const there = other.items.find((each) => each.item_id === item.item_id);
-  if (!there) return place ? ["new", "new", "Not in the other list"] : ["out", "gone", "Not in the other list"];
+  if (!there) return place ? ["new", "new", "Not in the first list"] : ["out", "gone", "Not in the second list"];
   const by = there.rank - item.rank;
-  if (!by || !place) return null;
-  return [by > 0 ? "up" : "down", `${by > 0 ? "▲" : "▼"}${Math.abs(by)}`, `${by > 0 ? "Up" : "Down"} ${count(Math.abs(by), "place")}`];
+  if (!by || !place) return [];
+  const places = count(Math.abs(by), "place");
+  return by > 0 ? ["up", `▲${by}`, `Up ${places}`] : ["down", `▼${-by}`, `Down ${places}`];
 }
 
-function drawItem(item, answer, marked, section) {
+function drawItem(item, answer, [kind, sign, words], section) {
+  const title = make("div", { class: "title" }, item.title, make("small", {}, String(item.item_id)));
+  if (sign) title.append(make("span", { class: `mark ${kind}`, title: words, "aria-label": words, role: "img" }, sign));
+  title.append(make("span", { class: "tags" }));
   const bar = make("span", { class: "bar" }, make("span"));
   bar.firstChild.style.width = `${width(item.score, answer.items.map((each) => each.score))}%`;
-  const badge = marked ? [make("span", { class: `mark ${marked[0]}`, title: marked[2], "aria-label": marked[2], role: "img" }, marked[1])] : [];
   const row = make("li", { tabindex: "-1", "data-item": item.item_id },
     make("span", { class: "number" }, String(item.rank)),
-    make("div", { class: "what" },
-      make("div", { class: "title" }, item.title, make("small", {}, String(item.item_id)), ...badge, make("span", { class: "tags" })),
-      ...drawReasons(item.reasons, answer)),
-    make("div", { class: "score", title: "Scores compare within one list alone" }, make("span", {}, told(item.score)), bar),
-    make("button", { type: "button", class: "small", "data-key": `add ${answer.arm} ${item.item_id}`, title: "Add to the history",
-      "aria-label": `Add to the history: ${item.title}`, onclick: () => add(item) }, "+"));
+    make("div", { class: "what" }, title, ...drawReasons(item.reasons, answer)),
+    make("div", { class: "score", title: "Scores compare within one list alone" }, make("span", {}, figure(item.score)), bar),
+    make("button", {
+      type: "button", class: "small", title: "Add to the history", "aria-label": `Add to the history: ${item.title}`,
+      "data-key": `add ${answer.arm} ${item.item_id}`, onclick: () => add(item),
+    }, "+"));
   const on = () => light(item.reasons, answer, section);
   const out = () => light([], answer, section);
   const off = () => row.contains(document.activeElement) || out();
@@ -380,6 +348,7 @@ function drawItem(item, answer, marked, section) {
   return row;
 }
 
+// In percent; from 0 where no score is below, else from a little under the lowest.
 function width(score, scores) {
   const [low, high] = [Math.min(...scores), Math.max(...scores)];
   const base = low >= 0 ? 0 : low - 0.1 * (high - low);
@@ -389,9 +358,11 @@ function width(score, scores) {
 function drawReasons(reasons, answer) {
   if (!answer.attention.length) return [];
   if (!reasons.length) return [make("p", { class: "reasons" }, "no event alone carries it")];
-  const named = reasons.flatMap((reason, place) => [place ? ", " : "because of ",
-    make("span", { class: "reason", title: `Without it the score falls by ${told(reason.drop)}` }, reason.title, " ",
-      make("small", {}, `−${told(reason.drop)}`))]);
+  const named = reasons.flatMap((reason, place) => {
+    const [drop, lead] = [figure(reason.drop), place ? ", " : "because of "];
+    const words = { class: "reason", title: `Without it the score falls by ${drop}` };
+    return [lead, make("span", words, reason.title, " ", make("small", {}, `−${drop}`))];
+  });
   return [make("p", { class: "reasons" }, ...named)];
 }
 
@@ -401,7 +372,9 @@ function light(reasons, answer, section) {
   const missing = new Set(answer.unknown.map(String));
   const known = events.filter((event) => !missing.has(String(event.item_id)));
   const carried = new Set(known.filter((_, place) => numbers.has(place + 1)).map((event) => String(event.key)));
-  for (const column of section.querySelectorAll("[data-event]")) column.classList.toggle("lit", numbers.has(Number(column.dataset.event)));
+  for (const column of section.querySelectorAll("[data-event]")) {
+    column.classList.toggle("lit", numbers.has(Number(column.dataset.event)));
+  }
   section.querySelector(".scroll svg")?.classList.toggle("dim", numbers.size > 0);
   for (const row of byId("history").children) row.classList.toggle("lit", carried.has(row.dataset.key));
 }
@@ -420,57 +393,19 @@ async function describe(turn) {
   }
 }
 
-// Attention
-
-function drawAttention(read) {
-  const lines = [{ name: "all", words: "all heads", shares: read.map((event) => event.share) }];
-  read[0].layers.forEach((heads, layer) => heads.forEach((_, head) => lines.push({
-    name: `L${layer + 1} H${head + 1}`,
-    words: `layer ${layer + 1}, head ${head + 1}`,
-    shares: read.map((event) => event.layers[layer][head]),
-  })));
-  const told = make("p", { class: "quiet cell-told" }, HINT);
-  const scroll = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Attention by head and event" },
-    drawMap(read, lines, (words) => (told.textContent = words)));
-  const names = lines.map((line, place) => make("text", { x: 0, y: TOP + HIGH * place + (place ? 18 : 14) }, line.name));
-  const beside = make("svg", { width: NAMES, height: TOP + HIGH * lines.length, "aria-hidden": "true" }, ...names);
-  requestAnimationFrame(() => (scroll.scrollLeft = scroll.scrollWidth));
-  return make("div", { class: "attention" }, make("h3", {}, "What the model looked at"), make("div", { class: "map" }, beside, scroll), told);
-}
-
-function drawMap(read, lines, tell) {
-  const room = parseFloat(getComputedStyle(byId("lists")).gridTemplateColumns);
-  const right = 64; // for the last title, which leans out
-  const wide = Math.max(17, Math.min(64, Math.floor((room - NAMES - right - 38) / read.length)));
-  const most = Math.max(...lines.flatMap((line) => line.shares)) || 1;
-  const [width, height] = [wide * read.length + right, TOP + HIGH * lines.length + 6];
-  const columns = read.map((event, place) => {
-    const x = wide * place;
-    const cells = lines.map((line, down) => {
-      const words = `${event.title} · ${line.words} · ${percent(line.shares[place])}`;
-      return make("rect", { x: x + 1, y: TOP + HIGH * down + (down ? 4 : 0), width: wide - 2, height: HIGH - 2, rx: 3,
-        "fill-opacity": 0.06 + 0.94 * Math.sqrt(line.shares[place] / most), onpointerenter: () => tell(words) },
-        make("title", {}, words));
-    });
-    const turned = `translate(${x + wide / 2 + 3} ${TOP - 6}) rotate(-55)`;
-    return make("g", { "data-event": event.event }, make("text", { transform: turned }, cut(event.title, 16)), ...cells);
-  });
-  const all = `Attention: ${read.map((event, place) => `${event.title} ${percent(lines[0].shares[place])}`).join(", ")}`;
-  return make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": all }, ...columns);
-}
-
 // Start
 
-async function begin() {
-  try {
-    arms = (await call("/v1/bundle")).arms;
-    filters = (await call("/v1/filters")).filters;
-  } catch (error) {
-    return problem(error.message);
-  }
+const begin = telling(async () => {
+  arms = (await call("/v1/bundle")).arms;
+  filters = (await call("/v1/filters")).filters;
   byId("about").textContent = `${arms[0].items.toLocaleString("en")} items`;
   byId("sides").hidden = arms.length < 2;
   drawFilters();
+  settled();
+});
+
+function touched({ target }) {
+  chosen[target.id] = Number(target.value);
   settled();
 }
 
@@ -481,14 +416,9 @@ function listen() {
   byId("reset").addEventListener("click", reset);
   const searching = { input: search, focus: search, keydown: searchKey, blur: closeHits };
   for (const [name, act] of Object.entries(searching)) byId("search").addEventListener(name, act);
-  for (const name of ["diversity", "popularity"]) {
-    byId(name).addEventListener("input", () => {
-      chosen[name] = Number(byId(name).value);
-      settled();
-    });
-  }
+  for (const name of ["diversity", "popularity"]) byId(name).addEventListener("input", touched);
   byId("k").addEventListener("input", settled);
-  for (const input of [byId("seen"), ...document.querySelectorAll("input[name=side]")]) input.addEventListener("change", ask);
+  for (const input of [byId("seen"), ...document.querySelectorAll("[name=side]")]) input.addEventListener("change", ask);
 }
 
 byId("settings").open = matchMedia("(min-width: 60rem)").matches;

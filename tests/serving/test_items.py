@@ -14,7 +14,6 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from features.build import build
 from features.dataset import Dataset
@@ -23,7 +22,6 @@ from recsys.bundle import open_directory
 from recsys.config import Recipe
 from recsys.content import CONTENT, Content
 from recsys.errors import BundleError, DataError, RequestError
-from serving.app import create_app
 from serving.engine import Recommender, read_vectors
 from serving.evaluate import evaluate
 from serving.explain import explain
@@ -32,6 +30,7 @@ from serving.index import INDEX, INDEXES, IndexSettings
 from serving.items import add, remove, update
 from serving.nightly import nightly
 from tests.serving.conftest import GOODS, KINDS, goods, stocked, write_run
+from tests.serving.online import asked
 
 ROOT = Path(__file__).parents[2]
 LAMPS = [item_id for item_id in range(GOODS) if item_id % 7 == 0]
@@ -453,7 +452,7 @@ def test_lists_of_histories_with_an_added_item_agree_at_night_offline_and_over_h
     night = pl.read_parquet(tmp_path / "lists.parquet").group_by("user_id", maintain_order=True).agg("item_id", "score")
     report = evaluate(recommender, grown, ks=(K,), baselines=False)
     assert report.user_ids.to_list() == night["user_id"].to_list() == list(range(len(histories)))
-    with TestClient(create_app(recommender)) as client:
+    with asked(any_bundle) as client:
         assert client.get("/ready").json()["items"] == recommender.items == GOODS + 1
         for user, history in enumerate(histories):
             online = client.post("/v1/recommend", json={"history": history, "k": K}).json()

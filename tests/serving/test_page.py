@@ -250,7 +250,7 @@ def test_a_filter_leaves_only_items_that_meet_it(visit: Open) -> None:
     person.settle()
     assert person.question["where"] == {"categories": ["lamp"], "in_stock": True, "brand": ["brand 2"]}
     assert {int(item) % 5 for item in person.listed} == {2}
-    person.press("Reset all")
+    person.press("Reset")
     assert person.question["where"] == {}
     page.get_by_label("price, min").fill("2")
     page.get_by_label("price, max").fill("3")
@@ -284,7 +284,7 @@ def test_every_option_reaches_the_api(visit: Open) -> None:
     wanted = {"filter_seen": False, "k": 17, "diversity": 0.35, "popularity": -1.5, "explain": True}
     assert {name: person.question[name] for name in wanted} == wanted
     assert len(person.listed) == 17
-    person.press("Reset all")
+    person.press("Reset")
     assert not {"diversity", "popularity"} & set(person.question)
 
 
