@@ -31,7 +31,8 @@ function linesOf(read) {
 const placed = (line) => TOP + HIGH * line + (line ? 4 : 0);
 
 function drawMap(read, lines, say) {
-  const column = parseFloat(getComputedStyle(byId("lists")).gridTemplateColumns) || byId("lists").clientWidth; // none: no list yet
+  const lists = byId("lists");
+  const column = parseFloat(getComputedStyle(lists).gridTemplateColumns) || lists.clientWidth; // none before the first list
   const wide = Math.max(17, Math.min(64, Math.floor((column - NAMES - LAST - 38) / read.length)));
   const most = Math.max(...lines.flatMap((line) => line.shares)) || 1;
   const columns = read.map((event, place) => {

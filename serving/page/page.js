@@ -277,7 +277,7 @@ async function recommend(arm) {
   const times = events.map((event, place) => (stored ? event.time : now - HOUR * (events.length - place)));
   const started = performance.now();
   const answer = await call("/v1/recommend", {
-    history: events.map((event) => event.item_id), times, arm, ...chosen,
+    history: events.map((event) => event.item_id), times, arm, where, ...chosen,
     k: Number(byId("k").value), filter_seen: byId("seen").checked, ignore_unknown: true, explain: true,
   });
   return { ...answer, milliseconds: performance.now() - started };
