@@ -126,7 +126,8 @@ class Catalogue:
         if None in found:
             strange = [word for word, row in zip(words, found, strict=True) if row is None]
             if unknown is None:
-                raise RequestError(f"no item {str(strange[0])!r}; {self._hint(str(strange[0]))}")
+                hint = "give the id of an item" if find == self.by_id else self._hint(str(strange[0]))
+                raise RequestError(f"no item {str(strange[0])!r}; {hint}")
             unknown += strange
         return found
 

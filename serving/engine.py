@@ -42,10 +42,10 @@ from serving.calibration import Calibration
 from serving.catalogue import ITEMS, Catalogue, Find
 from serving.filters import allowed_lines, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
-from serving.lists import Lists
+from serving.lists import Lists, ordered
 from serving.ranking import ServingSettings, candidates, chosen_blocks, listed, of_rows, rank
 from serving.reader import MODEL_GRAPH, POSITIONS, GraphRanker, GraphReader, Seen, asked_at, ranker_file
-from serving.retrieval import QUERIES, find, products, taken
+from serving.retrieval import QUERIES, find, find_one, products, taken
 
 Array = np.ndarray[Any, Any]
 VECTORS = "vectors.safetensors"
@@ -128,6 +128,7 @@ class Recommender:
     def complete(self) -> Recommender:
         """Itself, with all read from its files that is else read when it is first asked for: they may be replaced now."""
         self.catalogue.complete()
+        _ = self.directions
         with suppress(SetupError):  # without its encoder a bundle recommends, and does not explain words
             _ = self.encoder
         return self
@@ -215,9 +216,10 @@ class Recommender:
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
-        serving = self.serving.asked(diversity, popularity)
+        asks = diversity is not None or popularity is not None
+        serving = self.serving.asked(diversity, popularity) if asks else self.serving
         if probabilities and self.calibration is None:
-            raise RequestError(f"{self.path}: its scores are not calibrated; export it with --dataset, or ask for scores alone")
+            raise RequestError("scores of this bundle are not calibrated; export it with --dataset, or ask for scores alone")
         clock = Clock(took)
         histories, now = self._as_of(histories, now)
         allowed_V = self._allowed(deny, allow, where)
@@ -240,8 +242,7 @@ class Recommender:
             clock.lap("retrieve")
             scores_BN = self._rank(rows_BN, scores_BN, own)
             clock.lap("rank")
-            in_order = own is None and named == k and not serving.diversity and not serving.popularity
-            list_BK = (rows_BN, scores_BN) if in_order else listed(rows_BN, scores_BN, self.known, serving, k)
+            list_BK = listed(rows_BN, scores_BN, self.known, serving, k)
             if probabilities and self.calibration is not None and chances_BK is not None:
                 chances_BK[chosen] = of_rows(list_BK[0], rows_BN, self.calibration.probabilities(scores_BN), 0.0)
             if every:
@@ -250,6 +251,42 @@ class Recommender:
                 rows_BK[chosen], scores_BK[chosen] = list_BK
             clock.lap("list")
         return Lists(rows_BK, scores_BK, torch.from_numpy(popular_B), chances_BK, look is not None)
+
+    def _one(
+        self, values: Array, times: Array, now: int | None, k: int, filter_seen: bool, allowed_V: Tensor | None, clock: Clock
+    ) -> tuple[Array, Array] | None:
+        """Rows and scores that `recommend` has for one history in the order of scores, with less ado.
+
+        None where it is for `recommend` to say: nothing is known of the history, or lists are not made by the graph alone.
+        """
+        serving, reader = self.serving, self.reader
+        if reader is None or self.leave or serving.diversity or serving.popularity or (now is None and self.reads_now):
+            return None
+        if now is not None and len(times) and times[-1] > now:
+            there = times <= now
+            values, times = values[there], times[there]
+        last = values[-self.model.readable_events :]
+        if not self._read_R.take(np.minimum(last, len(self._read_R) - 1)).any():
+            return None
+        span = self._span
+        placed_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
+        clock.lap("encode")
+        hidden = values - FIRST_ITEM if filter_seen else values[:0]
+        named = candidates(serving, self.ranker, self.ranker_blocks, k)
+        rows_N, scores_N = find_one(self.searcher, self.scan, placed_1E, named, hidden, allowed_V)
+        clock.lap("retrieve")
+        if look is not None:
+            scores_N = self._graph_rankers[self.ranker_blocks].rank(rows_N[None], scores_N[None], look)[0]
+            clock.lap("rank")
+        if look is not None or named != k:
+            rows_N, scores_N = ordered(rows_N, scores_N, k)
+        clock.lap("list")
+        return rows_N, scores_N
+
+    @property
+    def _span(self) -> int:
+        """Events that a ranker looks at; 0 where none is served."""
+        return self.ranker.settings.span if self.ranker is not None and self.ranker_blocks else 0
 
     @torch.inference_mode()
     def similar(
@@ -369,7 +406,7 @@ class Recommender:
 
     def _read(self, histories: Batch, now: Tensor | None) -> tuple[Tensor, Look | None]:
         """The states, and what a ranker looks at; None where none is served."""
-        span = self.ranker.settings.span if self.ranker is not None and self.ranker_blocks else 0
+        span = self._span
         if self.reader is not None and not self.leave:
             return self._read_by_graph(self.reader, histories, now, span)
         read = self.model.readable(histories)
@@ -418,7 +455,7 @@ class Recommender:
         places = min(events, self.model.readable_events) + (self.model.settings.objective == "masked")
         return -(-places // POSITIONS) * POSITIONS
 
-    def _seen(self, values: Array, times: Array, ends: list[int], now: Tensor | None) -> Seen:
+    def _seen(self, values: Array, times: Array, ends: list[int], now: Tensor | int | None) -> Seen:
         """The last events of histories of one padded length; behind them the mask, if the model has one."""
         masked, most = self.model.settings.objective == "masked", self.model.readable_events
         rows_BT = np.zeros((len(ends), self._padded(ends[0])), np.int64)
@@ -430,7 +467,7 @@ class Recommender:
             rows_BT[line, :length], times_BT[line, :length] = values[first:end], times[first:end]
             begin, now_B[line] = end, times[end - 1]
         if now is not None:
-            now_B = now.numpy()
+            now_B = now.numpy() if isinstance(now, Tensor) else np.array([now])
         if masked:
             lines_B = np.arange(len(ends))
             rows_BT[lines_B, lengths_B], times_BT[lines_B, lengths_B] = UNKNOWN, now_B
@@ -463,22 +500,35 @@ class Recommender:
         Raises RequestError: an unknown item, unless `ignore_unknown`; `now` without `times`; no times where the model reads
         them; as recommend.
         """
+        if k < 1:
+            raise RequestError(f"k is {k}; ask for at least 1 item")
         unknown: list[int | str] = []
         rows = partial(self.catalogue.rows, unknown=unknown if ignore_unknown else None)
-        batch, now = self.request(rows(history, find or self.catalogue.by_either), times, now)
-        denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None]
+        values, at, now = self._asked(rows(history, find or self.catalogue.by_either), times, now)
+        denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None] if deny else []
         allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
+        made = None
+        if not (probabilities or diversity or popularity):
+            made = self._one(values, at, now, k, filter_seen, self._allowed(denied, allowed, where), Clock(took))
+        if made is not None:
+            source = "ranked" if self._span else "retrieved"
+            return {"bundle": self.id, "source": source, "unknown": unknown, "items": self._named_items(*made)}
+        batch = Batch(torch.from_numpy(values), torch.tensor([0, len(values)]), torch.from_numpy(at))
         lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities, took)
-        item_ids, titles = self.catalogue.item_ids, self.catalogue.titles
-        items: list[dict[str, Any]] = [
-            {"rank": rank, "item_id": item_ids[row - FIRST_ITEM], "title": titles[row - FIRST_ITEM], "score": score}
-            for rank, (row, score) in enumerate(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True), 1)
-            if row != PADDING
-        ]
+        items = self._named_items(lists.rows[0].numpy(), lists.scores[0].numpy())
         if lists.probabilities is not None and not bool(lists.popular[0]):
             for item, chance in zip(items, lists.probabilities[0].tolist(), strict=False):
                 item["probability"] = chance
         return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
+
+    def _named_items(self, rows_K: Array, scores_K: Array) -> list[dict[str, Any]]:
+        """The places of a list."""
+        item_ids, titles = self.catalogue.item_ids, self.catalogue.titles
+        return [
+            {"rank": rank, "item_id": item_ids[row - FIRST_ITEM], "title": titles[row - FIRST_ITEM], "score": score}
+            for rank, (row, score) in enumerate(zip(rows_K.tolist(), scores_K.tolist(), strict=True), 1)
+            if row != PADDING
+        ]
 
     def request(
         self, rows: Sequence[int | None], times: Sequence[int] | None = None, now: int | None = None
@@ -487,6 +537,13 @@ class Recommender:
 
         Raises RequestError: not one time an event, times that descend, none where the model reads them, or `now` without.
         """
+        values, at, now = self._asked(rows, times, now)
+        return Batch(torch.from_numpy(values), torch.tensor([0, len(values)]), torch.from_numpy(at)), now
+
+    def _asked(
+        self, rows: Sequence[int | None], times: Sequence[int] | None, now: int | None
+    ) -> tuple[Array, Array, int | None]:
+        """`request` as arrays."""
         if times is not None and len(times) != len(rows):
             raise RequestError(f"{len(times)} times for {len(rows)} events; give one for each, or none")
         if now is not None and times is None:
@@ -498,10 +555,9 @@ class Recommender:
         if None in rows:
             kept = [place for place, row in enumerate(rows) if row is not None]
             rows, times = [rows[place] for place in kept], None if times is None else [times[place] for place in kept]
-        values = torch.from_numpy(np.array(rows, np.int64))
-        at = torch.zeros_like(values) if times is None else torch.from_numpy(np.array(times, np.int64))
-        batch = Batch(values, torch.tensor([0, len(values)]), at)
-        return batch, int(time.time()) if now is None and self.reads_now else now
+        values = np.array(rows, np.int64)
+        at = np.zeros_like(values) if times is None else np.array(times, np.int64)
+        return values, at, int(time.time()) if now is None and self.reads_now else now
 
     def _as_of(self, histories: Batch, now: int | Tensor | None) -> tuple[Batch, Tensor | None]:
         """The histories without events later than `now`, and `now` of each."""

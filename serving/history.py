@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from recsys.errors import RequestError, SetupError, StoreError
-from serving.stores import STORES, Blobs, checked, hidden
+from recsys.errors import RequestError, SetupError
+from serving.stores import STORES, BlobError, Blobs, checked, hidden
 
 if TYPE_CHECKING:
     from features.dataset import Dataset
@@ -56,8 +56,8 @@ def merged(old: Sequence[Event], new: Iterable[Event], keep: int) -> list[Event]
 class HistoryStore:
     """The last events of every user; safe to share between threads, and its place between processes.
 
-    Every method raises StoreError: the store does not answer, or what it holds is unreadable; when it answers again, so does
-    this. Those that name users raise RequestError: an id that is empty or longer than stores.LONGEST.
+    Every method raises StoreError: the store does not answer; when it answers again, so does this; and BlobError, which is one:
+    what it holds of one user is unreadable, or cannot be changed now. Those that name users raise RequestError: an id that is empty or longer than stores.LONGEST.
     """
 
     def __init__(self, blobs: Blobs, keep: int = KEEP) -> None:
@@ -112,7 +112,7 @@ class HistoryStore:
         try:
             return [] if blob is None else self._decode(blob)
         except msgspec.DecodeError as error:
-            raise StoreError(f"{self.url}: a user's history is unreadable ({error}); erase it, or restore a copy") from None
+            raise BlobError(f"{self.url}: a user's history is unreadable ({error}); erase it, or restore a copy") from None
 
     def _blob(self, events: list[Event]) -> bytes:
         try:

@@ -78,6 +78,10 @@ class Searcher(Protocol):
         """Lines (int64) and scores of the n best allowed items, best first, shape B × n; -1 and -inf where none is left."""
         ...
 
+    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """`search` of all items, of arrays."""
+        ...
+
 
 class Scan:
     """Exact search by one matrix product: for runs, for few allowed items, and where an index finds too few."""
@@ -110,6 +114,10 @@ class Scan:
         lines_BN = (lines_BN if lines_V is None else lines_V[lines_BN]).masked_fill(scores_BN == -torch.inf, -1)
         short = n - lines_BN.shape[1]
         return pad(lines_BN, (0, short), value=-1), pad(scores_BN, (0, short), value=-torch.inf)
+
+    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        lines_BN, scores_BN = self.search(torch.from_numpy(states_BE).to(self.vectors_VE.device), n)
+        return lines_BN.cpu().numpy(), scores_BN.cpu().numpy()
 
 
 class Index:
@@ -193,15 +201,26 @@ class Index:
         _faiss().write_index(self._index, str(path))
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        states = states_BE.float().cpu().contiguous().numpy()
+        lines_BN, scores_BN = (
+            self.near(states, n) if allowed_V is None else self._found(states, n, self._parameters(n, allowed_V))
+        )
+        return torch.from_numpy(lines_BN).to(states_BE.device), torch.from_numpy(scores_BN).to(states_BE.device)
+
+    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        parameters = self._free if n <= self.settings.breadth else self._parameters(n, None)
+        return self._found(states_BE, n, parameters, self._index if self._gpu is None or n > GPU_CANDIDATES else self._gpu)
+
+    def _found(
+        self, states_BE: np.ndarray[Any, Any], n: int, parameters: Any, index: Any = None
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         faiss = _faiss()
         if self.threads is not None and faiss.omp_get_max_threads() != self.threads:  # OpenMP keeps it for each calling thread
             faiss.omp_set_num_threads(self.threads)
-        parameters = self._free if allowed_V is None and n <= self.settings.breadth else self._parameters(n, allowed_V)
-        index = self._index if self._gpu is None or allowed_V is not None or n > GPU_CANDIDATES else self._gpu
-        scores_BN, lines_BN = index.search(states_BE.float().cpu().contiguous().numpy(), n, params=parameters)
+        scores_BN, lines_BN = (self._index if index is None else index).search(states_BE, n, params=parameters)
         if lines_BN[:, -1].min() < 0:
             scores_BN[lines_BN < 0] = -np.inf
-        return torch.from_numpy(lines_BN).to(states_BE.device), torch.from_numpy(scores_BN).to(states_BE.device)
+        return lines_BN, scores_BN
 
     @cached_property
     def _free(self) -> Any:

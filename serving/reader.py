@@ -34,8 +34,8 @@ KEPT_BYTES = 256 * 2**20
 """What is kept of histories that were read."""
 EQUAL = 1e-5
 """Of the largest number: how far a graph may be from torch."""
-SHAPES = 64
-"""Pairs of P and Q whose masks are kept."""
+SHAPES, SHORT = 256, 512
+"""Pairs of P and T whose masks are kept, and their largest T: a mask of so many queries is 1 MB."""
 ROWS = 65_536
 """Items whose part of an event is made at once."""
 
@@ -135,7 +135,7 @@ class GraphReader:
         )
         self._attention = next(model.in_turn()).attention
         self._text = _Text(model) if "tokens" in self._inputs else None
-        self._shape = lru_cache(SHAPES)(self._shaped)
+        self._shapes: dict[tuple[int, int], dict[str, Array]] = {}
         self.kept = Kept(KEPT_BYTES)
 
     def read(self, seen: Seen, span: int) -> tuple[Array, Look | None]:
@@ -227,8 +227,18 @@ class GraphReader:
             x_BQE += self._asked_gaps.take(buckets(seen.asked_BT[:, start:] - seen.times_BT[:, start:]), axis=0)
         return x_BQE
 
+    def _shape(self, start: int, positions: int) -> dict[str, Array]:
+        """What the graph needs to know of where positions stand; of short histories it is kept."""
+        found = self._shapes.get((start, positions))
+        if found is None:
+            found = self._shaped(start, positions)
+            if positions <= SHORT:
+                self._shapes[start, positions] = found
+                if len(self._shapes) > SHAPES:
+                    self._shapes.pop(next(iter(self._shapes)), None)
+        return found
+
     def _shaped(self, start: int, positions: int) -> dict[str, Array]:
-        """What the graph needs to know of where positions stand."""
         queries, keys = torch.arange(start, positions), torch.arange(positions)
         attention, length = self._attention, self.settings.length - 1
         seen = attention.sees(queries[:, None], keys)

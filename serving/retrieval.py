@@ -42,10 +42,6 @@ def find(
         searcher = scan
     items, count = len(scan.vectors), len(states_BE)
     seen = [_NONE] * count if hidden is None else _lines(hidden)
-    if count == 1 and len(seen[0]) <= LONG:
-        depth = _depth(k + MARGIN + len(seen[0]), items)
-        (rows_K,), (scores_K,) = _search(searcher, scan, states_BE, [0], seen, k, depth, allowed_V)
-        return torch.from_numpy(rows_K)[None], torch.from_numpy(scores_K)[None]
     rows_BK, scores_BK = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
     alike: dict[int, list[int]] = {}
     for place, lines in enumerate(seen):
@@ -64,6 +60,24 @@ def find(
             ):
                 rows_BK[place], scores_BK[place] = rows_K, scores_K
     return torch.from_numpy(rows_BK), torch.from_numpy(scores_BK)
+
+
+def find_one(
+    searcher: Searcher, scan: Scan, state_1E: Array, k: int, seen: Array, allowed_V: Tensor | None
+) -> tuple[Array, Array]:
+    """`find` for one state, without the items of the lines `seen`; rows and scores of length k."""
+    if len(seen) > LONG or allowed_V is not None:
+        hidden = torch.from_numpy(seen + FIRST_ITEM)
+        batch = Batch(hidden, torch.tensor([0, len(hidden)]), hidden)
+        rows_1K, scores_1K = find(searcher, scan, torch.from_numpy(state_1E), k, batch, allowed_V)
+        return rows_1K[0].numpy(), scores_1K[0].numpy()
+    n = _depth(k + MARGIN + len(seen), len(scan.vectors))
+    (lines_N,), (rough_N,) = searcher.near(state_1E, n)
+    settled, rows_K, scores_K = _settle(searcher.exact, scan, state_1E[0], lines_N, rough_N, seen, scan.marks, k)
+    if settled:
+        return rows_K, scores_K
+    (rows_K,), (scores_K,) = _search(searcher, scan, torch.from_numpy(state_1E), [0], [seen], k, n, None)
+    return rows_K, scores_K
 
 
 _NONE: Array = np.zeros(0, np.int64)
@@ -91,7 +105,7 @@ def _search(
     allowed_V: Tensor | None,
 ) -> tuple[list[Array], list[Array]]:
     """Rows and scores of the k best items outside each `seen`, from n candidates, or more where n do not settle it."""
-    lines_BN, rough_BN = (found.cpu().numpy() for found in searcher.search(states_BE, n, allowed_V))
+    lines_BN, rough_BN = (part.cpu().numpy() for part in searcher.search(states_BE, n, allowed_V))
     rows, scores = [], []
     marked_V = scan.marks
     for line, state_E in enumerate(states_BE.cpu().numpy()):

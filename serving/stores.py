@@ -43,7 +43,8 @@ DIGEST, LENGTH = 16, 4
 
 
 class Blobs(Protocol):
-    """A blob a user; safe to share between threads, and its place between processes. Every method raises StoreError."""
+    """A blob a user; safe to share between threads, and its place between processes. Every method raises StoreError; BlobError where that
+    is of one user alone."""
 
     url: str
     """Without the password."""
@@ -59,6 +60,14 @@ class Blobs(Protocol):
     def check(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class BlobError(StoreError):
+    """Of one user's blob, or one change: the store itself answers."""
+
+
+class _Foreign(ValueError):
+    """A row is another user's."""
 
 
 def checked(user: str) -> str:
@@ -78,7 +87,8 @@ def hidden(url: str) -> str:
 
 
 def _broken(url: str, found: object, remedy: str) -> StoreError:
-    return StoreError(f"{url}: {' '.join(str(found).split()) or type(found).__name__}; {remedy}")
+    kind = BlobError if isinstance(found, _Foreign) else StoreError
+    return kind(f"{url}: {' '.join(str(found).split()) or type(found).__name__}; {remedy}")
 
 
 def _digest(user: str) -> bytes:
@@ -91,12 +101,12 @@ def _framed(digest: bytes, blob: bytes, front: int = 0) -> bytes:
 
 
 def _unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | None:
-    """The blob of a row. Raises ValueError: it is another user's, whose digest begins alike."""
+    """The blob of a row. Raises _Foreign: it is another user's, whose digest begins alike."""
     if row is None:
         return None
     start = front + DIGEST + LENGTH
     if row[front : front + DIGEST] != digest:
-        raise ValueError("a row is not of the user whose key it has")
+        raise _Foreign("a row is not of the user whose key it has")
     return memoryview(row)[start : start + int.from_bytes(row[front + DIGEST : start])]
 
 
@@ -188,7 +198,7 @@ class SqliteBlobs:
             found = connection.execute("DELETE FROM histories WHERE user = ?", (_key(_digest(user)),)).rowcount > 0
             if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 kept = "the user is deleted, but someone has been reading for long and keeps the old bytes in the -wal"
-                raise StoreError(f"{self.url}: {kept}; erase again")
+                raise BlobError(f"{self.url}: {kept}; erase again")
             return found
 
     def check(self) -> None:
@@ -396,7 +406,7 @@ class LmdbBlobs:
         while any(int(txn) <= before for txn in re.findall(r"^ *\d+ +\w+ +(\d+)$", self._env.readers(), re.MULTILINE)):
             if time.monotonic() > until:
                 found = "the user is deleted, but someone has been reading for long and keeps the old pages"
-                raise StoreError(f"{self.url}: {found}; erase again")
+                raise BlobError(f"{self.url}: {found}; erase again")
             time.sleep(0.001)
 
     @contextmanager
@@ -460,7 +470,7 @@ class RedisBlobs:
                     return
                 except self._redis.WatchError:
                     pipeline.reset()
-        raise _broken(self.url, f"other writers came first {TRIES} times", "try again")
+        raise BlobError(f"{self.url}: other writers came first {TRIES} times; try again")
 
     def delete(self, user: str) -> bool:
         with self._errors():

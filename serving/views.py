@@ -1,0 +1,125 @@
+"""What requests need of a loaded bundle beside its recommender: rungs and their costs, titles to search, values to filter by.
+
+V items
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from recsys.batch import FIRST_ITEM, PADDING
+from serving.admission import Cost
+from serving.engine import Recommender
+
+VALUES = 200
+"""Most values that are named of one attribute."""
+
+
+class View:
+    """Of one recommender; gone when its bundle is."""
+
+    def __init__(self, recommender: Recommender) -> None:
+        self.recommender = recommender
+        ranked = recommender.ranker is not None and recommender.ranker_blocks > 0
+        self.rungs: list[tuple[str, Recommender]] = [("ranked", recommender)] if ranked else []
+        self.rungs.append(("retrieved", recommender.with_ranker(0) if ranked else recommender))
+        self._costs: dict[tuple[str, str], Cost] = {}
+
+    @property
+    def best(self) -> str:
+        """Name of the first rung."""
+        return self.rungs[0][0]
+
+    def cost(self, what: str, rung: str) -> Cost:
+        """Of so much work on a rung."""
+        return self._costs.setdefault((what, rung), Cost())
+
+    @property
+    def whole(self) -> bool:
+        """Whether titles and filters are made: with many items that takes longer than other requests may wait."""
+        return {"titles", "filters"} <= vars(self).keys()
+
+    def complete(self) -> View:
+        """Itself, with titles and filters made."""
+        _ = self.titles, self.filters
+        return self
+
+    @cached_property
+    def titles(self) -> tuple[str, np.ndarray[Any, Any]]:
+        """All titles without regard to case, a line each, and where each line begins."""
+        lines = [" ".join(title.casefold().split("\n")) for title in self.recommender.catalogue.titles]
+        return "\n".join([*lines, ""]), np.cumsum([0, *(len(line) + 1 for line in lines)])
+
+    @cached_property
+    def filters(self) -> dict[str, Any]:
+        """What each attribute holds."""
+        return {name: _filter(column) for name, column in self.recommender.catalogue.attributes.columns.items()}
+
+    def recommends(self, line: int) -> bool:
+        """Whether lists may hold the item."""
+        live_V = self.recommender.live_V
+        return line < self.recommender.lines and (live_V is None or bool(live_V[line]))
+
+    def search(self, part: str, limit: int) -> list[dict[str, Any]]:
+        """The most popular items that can be recommended and whose titles hold `part`, in any case."""
+        catalogue, (text, starts) = self.recommender.catalogue, self.titles
+        wanted, at = " ".join(part.casefold().split("\n")), 0
+        found: list[dict[str, Any]] = []
+        while len(found) < limit and (at := text.find(wanted, at)) >= 0 and at < len(text):
+            line = int(np.searchsorted(starts, at, side="right")) - 1
+            if self.recommends(line):
+                found.append({"item_id": catalogue.item_ids[line], "title": catalogue.titles[line]})
+            at = int(starts[line + 1])
+        return found
+
+
+def _filter(column: Any) -> dict[str, Any]:
+    kind = str(column.dtype)
+    if kind == "Boolean":
+        return {"kind": "boolean"}
+    if kind == "Float64":
+        return {"kind": "number", "min": column.min(), "max": column.max()}
+    if kind == "Null":
+        return {"kind": "nothing"}
+    values = (column.explode() if kind.startswith("List") else column).drop_nulls()
+    counted = values.alias("value").value_counts(sort=False, name="count").sort(["count", "value"], descending=[True, False])
+    return {"kind": "text", "values": counted["value"].head(VALUES).to_list()}
+
+
+def rows_of(
+    recommender: Recommender,
+    deny: Sequence[int | str],
+    allow: Sequence[int | str] | None,
+    unknown: list[int | str] | None = None,
+) -> tuple[list[int], list[int] | None]:
+    """Item rows of both lists. Raises RequestError: an id is no item, and there is no list of the unknown to add it to."""
+    catalogue = recommender.catalogue
+    denied = [row for row in catalogue.rows(deny, catalogue.by_id, unknown) if row is not None]
+    if allow is None:
+        return denied, None
+    return denied, [row for row in catalogue.rows(allow, catalogue.by_id, unknown) if row is not None]
+
+
+def places(
+    recommender: Recommender, found: Sequence[tuple[int, float]], chances: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """Rows and scores, and how probable each is, as places of a list."""
+    catalogue = recommender.catalogue
+    told: list[dict[str, Any]] = [
+        {"rank": rank, "item_id": catalogue.item_id(row), "title": catalogue.title(row), "score": score}
+        for rank, (row, score) in enumerate(found, 1)
+        if row != PADDING
+    ]
+    for item, chance in zip(told, chances or (), strict=False):
+        item["probability"] = chance
+    return told
+
+
+def categories_of(recommender: Recommender, rows: Sequence[int]) -> list[list[str]]:
+    """The categories of each item."""
+    told = recommender.catalogue.table["categories"].gather([row - FIRST_ITEM for row in rows]).to_list()
+    return [each or [] for each in told]
