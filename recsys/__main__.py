@@ -309,16 +309,11 @@ def remove_items(
 
 
 def _change_items(verb: str, bundle: Path, path: Path, out: Path | None, register: bool) -> None:
-    from features.files import read_items
-    from features.schema import DataSettings
-    from recsys.bundle import open_directory
     from recsys.terminal import bar
-    from serving import items
+    from serving.items import from_file
 
-    settings = DataSettings(**open_directory(bundle, verify=False).manifest["recipe"].get(DataSettings.section, {}))
-    change = {"add": items.add, "update": items.update}[verb]
     with bar("texts") as progress:
-        manifest = change(bundle, read_items(path, settings, attributes=verb == "update"), out, partial(progress, "text"))
+        manifest = from_file(bundle, verb, path, out, partial(progress, "text"))
     _tell_change(manifest, out or bundle, register)
 
 
@@ -618,7 +613,7 @@ def import_histories(
     data = Dataset.open(dataset)
     with _store(store, keep) as kept, bar("users") as progress:
         counts = import_dataset(kept, data, partial(progress, "import"))
-    typer.echo(f"{store}: {counts['users']:,} users, {counts['new']:,} new events of {counts['events']:,}")
+    typer.echo(f"{kept.url}: {counts['users']:,} users, {counts['new']:,} new events of {counts['events']:,}")
 
 
 @history_app.command("show")

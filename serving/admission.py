@@ -48,6 +48,8 @@ class OnlineSettings(Settings):
     """Seconds between the signal to leave and the last connection that is taken."""
     body_bytes: int = 2**20
     """Most bytes of a request's body."""
+    body_seconds: float = 30.0
+    """Seconds within which a request's body must be there."""
     record_every: int = 100
     """Of so many answered requests one is recorded, without its user, to warm the next bundle; 0: none."""
     heavy: int = 8
@@ -60,8 +62,9 @@ class OnlineSettings(Settings):
         for name in ("rate", "drain_seconds", "record_every"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        if not self.watch_seconds > 0:
-            raise ValueError(f"watch_seconds must be above 0, found {self.watch_seconds}")
+        for name in ("watch_seconds", "body_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share must be from 0 to 1, found {self.share}")
 
@@ -158,7 +161,10 @@ class Rate:
 
 
 class Breaker:
-    """Leaves what has failed alone for some seconds, so that nobody waits for it; then one asks, and the others see."""
+    """Leaves what has failed alone for some seconds, so that nobody waits for it; then one asks, and the others see.
+
+    Safe to share between threads.
+    """
 
     def __init__(self, seconds: float, clock: Clock) -> None:
         self.seconds, self.clock = seconds, clock
@@ -171,9 +177,10 @@ class Breaker:
 
     def ask(self) -> bool:
         """Whether to ask it now."""
-        if self._until is None:
+        until = self._until  # once: another thread may mend it meanwhile
+        if until is None:
             return True
-        if self.clock() < self._until:
+        if self.clock() < until:
             return False
         self.fail()  # until the one that asks now knows better
         return True

@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from recsys import __version__
-from recsys.errors import DataError, RequestError, SetupError, StoreError
+from recsys.errors import DataError, RecsysError, RequestError, SetupError, StoreError
 from serving.admission import OnlineSettings, Rate
 from serving.fallback import NightlyLists
 from serving.history import open_store
@@ -35,6 +35,7 @@ from serving.keys import Keys
 from serving.live import Arms, source_of
 from serving.messages import OPERATIONS, Refusal, document
 from serving.service import Service
+from serving.stores import BlobError
 from serving.telemetry import LOG, Call, Tracer, about, log_request, speak, tracer
 
 PAGE = Path(__file__).parent / "page"
@@ -55,6 +56,8 @@ OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/favicon.ico")
 VISIBLE = re.compile(rb"[\x21-\x7e]{1,100}")
 JSON = b"application/json"
 BACKLOG = 2048
+GRACE = 60
+"""Seconds that requests under way may take when the process leaves: the longest deadline."""
 FORCED = 1
 """Exit code of a process that was told twice to leave."""
 
@@ -79,7 +82,7 @@ class Online:
         settings = service.settings
         self.clock = service.clock
         self.rate = Rate(settings.rate, settings.burst, service.clock)
-        self.body_bytes = settings.body_bytes
+        self.body_bytes, self.body_seconds = settings.body_bytes, settings.body_seconds
         self._hot: dict[tuple[str, str], Hot] = {
             ("POST", "/v1/recommend"): service.recommend,
             ("POST", "/v1/rank"): service.rank,
@@ -101,12 +104,12 @@ class Online:
         hot = self._hot.get((call.method, scope["path"]))
         try:
             self._admit(scope, said)
-            body = await _body(said, receive, self.body_bytes)
+            body = await _body(said, receive, self.body_bytes, self.body_seconds)
             call.read = self.clock()
         except Refusal as refusal:
             call.route = scope["path"] if hot else "other"
             # what is left of the body is nobody's, so the connection ends
-            await self._send(send, call, _refused(refusal), close=refusal.status in (400, 411, 413))
+            await self._send(send, call, _refused(refusal), close=refusal.status in (400, 408, 411, 413))
             return
         if hot is not None:
             call.route = scope["path"]
@@ -138,8 +141,17 @@ class Online:
             return _refused(refusal)
         except (RequestError, DataError) as error:
             return _problem(422, str(error))
+        except BlobError as error:
+            LOG.warning("history", extra=about(request_id=call.id, route=call.route, detail=str(error)))
+            said = "what is kept of one of these users cannot be read or changed now; ask again, or erase it"
+            return _refused(Refusal(503, said, retry_after=1))
         except StoreError:
             return _refused(Refusal(503, "the store does not answer; ask again", retry_after=1))
+        except RecsysError as error:
+            LOG.error("unable", extra=about(request_id=call.id, route=call.route, detail=str(error)))
+            return _refused(
+                Refusal(503, "a file that this needs cannot be read or written; the log says which", retry_after=60)
+            )
         except Exception:
             LOG.exception("error", extra=about(request_id=call.id, route=call.route))
             return _problem(500, "a mistake of the server's own; its log says more under this request id")
@@ -211,8 +223,11 @@ def _key(said: Mapping[bytes, bytes]) -> str:
     return key.strip() if scheme.lower() == "bearer" else said.get(b"x-api-key", b"").decode("latin-1")
 
 
-async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int) -> bytes:
-    """The whole body. Raises Refusal: it does not say its length, is too long, or is of another length than it said."""
+async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int, seconds: float) -> bytes:
+    """The whole body.
+
+    Raises Refusal: it does not say its length, is too long, does not come in time, or is of another length than it said.
+    """
     if b"transfer-encoding" in said:
         raise Refusal(411, "the body has no Content-Length; send one")
     length = said.get(b"content-length", b"0")
@@ -222,12 +237,16 @@ async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int) -> byt
     if not wanted:
         return b""
     body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refusal(400, "the body ended early; send it again")
-        body += message.get("body", b"")
-        more = message.get("more_body", False) and len(body) <= wanted
+    try:
+        async with asyncio.timeout(seconds):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refusal(400, "the body ended early; send it again")
+                body += message.get("body", b"")
+                more = message.get("more_body", False) and len(body) <= wanted
+    except TimeoutError:
+        raise Refusal(408, f"the body did not come within {seconds:g} seconds; send it again") from None
     if len(body) != wanted:
         raise Refusal(400, f"the body is not of the {wanted} bytes that Content-Length says; send it again")
     return body
@@ -456,7 +475,22 @@ def serve(
     that cannot be read.
     """
     settings = settings or OnlineSettings()
-    listener = _bound(host, port)
+    with _bound(host, port) as listener:
+        _serve(listener, bundle, host, store, lists, challenger, keys, trace, tracking, settings)
+
+
+def _serve(
+    listener: socket.socket,
+    bundle: str,
+    host: str,
+    store: str,
+    lists: Path | None,
+    challenger: str,
+    keys: Path | None,
+    trace: str,
+    tracking: str,
+    settings: OnlineSettings,
+) -> None:
     speak()
     torch.set_num_threads(1)
     services: list[Service] = []
@@ -473,7 +507,7 @@ def serve(
                 service.metrics.failed(name)
 
     other = source_of(challenger, tracking) if challenger else None
-    arms = Arms(source_of(bundle, tracking), other, settings.share if other else 0.0, settings.salt, tell)
+    arms = Arms(source_of(bundle, tracking), other, settings.share, settings.salt, tell)
     known = Keys(keys) if keys is not None else None
     if known is None and host not in ("127.0.0.1", "localhost", "::1"):
         LOG.warning("open to others without keys", extra=about(detail=f"host {host}; give --keys"))
@@ -492,6 +526,7 @@ def serve(
         lifespan="on",
         server_header=False,
         backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE,
     )
     arms.watch(settings.watch_seconds)
     _settle()

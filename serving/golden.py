@@ -64,8 +64,8 @@ def compare(recommender: Recommender, path: Path) -> None:
     for number, golden in enumerate(told):
         try:
             items, scores = _list(recommender, golden.history, golden.times, golden.now)
-        except RequestError as error:
-            raise BundleError(f"{path}: asks what has no answer ({error}); export the bundle again") from None
+        except RequestError:
+            raise BundleError(f"{path}: history {number} has no answer any more; export the bundle again") from None
         if difference := _difference(golden, items, scores):
             raise BundleError(
                 f"{path}: the answer to history {number} is not the golden one ({difference}); export the bundle again, "
@@ -119,7 +119,8 @@ def _list(
 
 
 def _difference(golden: Golden, items: list[int | str], scores: list[float]) -> str:
-    """In words; empty where the list is the same but for items whose scores differ by less than the tolerance."""
+    """In words that name no item, for they are logged; empty where items whose scores differ by less than the tolerance differ
+    alone."""
     if len(items) != len(golden.items):
         return f"{len(items)} items, written were {len(golden.items)}"
     within = TOLERANCE * max(map(abs, golden.scores), default=0.0)
@@ -127,8 +128,6 @@ def _difference(golden: Golden, items: list[int | str], scores: list[float]) -> 
     for place, (item, score) in enumerate(zip(items, scores, strict=True)):
         wanted = written.get(item, golden.scores[-1])  # an item that was not listed may be as good as the last that was
         if not (abs(score - golden.scores[place]) <= within and abs(score - wanted) <= within):
-            return (
-                f"place {place + 1}: item {item!r} with score {score:.6g}, written was {golden.items[place]!r} "
-                f"with {golden.scores[place]:.6g}"
-            )
+            other = "another item" if item != golden.items[place] else "its item"
+            return f"place {place + 1}: {other} with score {score:.6g}, written was {golden.scores[place]:.6g}"
     return ""

@@ -56,8 +56,9 @@ def merged(old: Sequence[Event], new: Iterable[Event], keep: int) -> list[Event]
 class HistoryStore:
     """The last events of every user; safe to share between threads, and its place between processes.
 
-    Every method raises StoreError: the store does not answer; when it answers again, so does this; and BlobError, which is one:
-    what it holds of one user is unreadable, or cannot be changed now. Those that name users raise RequestError: an id that is empty or longer than stores.LONGEST.
+    Every method raises StoreError: the store does not answer; when it answers again, so does this. BlobError, which is one: a
+    user's history is unreadable, or cannot be changed now. Those that name users raise RequestError: an id that is empty or
+    longer than stores.LONGEST.
     """
 
     def __init__(self, blobs: Blobs, keep: int = KEEP) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from features.dataset import described, write_parquet
 from features.download import cache_folder
+from features.files import read_items
 from features.items import describe, read_attributes, read_table
 from features.schema import POLICIES, DataSettings, Tally
 from recsys.batch import FIRST_ITEM
@@ -49,6 +50,15 @@ def update(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress:
     return _change(bundle, out, items, _placed_among, "updated", progress)
 
 
+def from_file(
+    bundle: Path, verb: str, table: Path, out: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """`add` or `update` the items of a file. Raises DataError: the file cannot be read as items."""
+    settings = DataSettings(**open_directory(bundle, verify=False).manifest["recipe"].get(DataSettings.section, {}))
+    change = {"add": add, "update": update}[verb]
+    return change(bundle, read_items(table, settings, attributes=verb == "update"), out, progress)
+
+
 def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None) -> dict[str, Any]:
     """Take items out of all lists; in histories they are still read. As `add`.
 
@@ -63,7 +73,7 @@ def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None)
         table = catalogue.table.with_columns((pl.col(REMOVED) | gone).alias(REMOVED))
         known_V = model_from(directory).known_V
         if not bool((known_V & ~torch.tensor(table[REMOVED].to_numpy())[: len(known_V)]).any()):
-            raise RequestError(f"{bundle}: no item that can be recommended would be left; leave some in")
+            raise RequestError("no item that can be recommended would be left; leave some in")
         return _publish(directory, out or bundle, table, {}, {"removed": len(rows)})
 
 

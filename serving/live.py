@@ -27,6 +27,8 @@ from serving.golden import GOLDEN, compare
 
 RECORDED = 256
 """Requests that a new bundle is warmed with: a second of one core."""
+AGE = 300.0
+"""Seconds after which a recorded request is dropped, so that what an erased user did leaves every process."""
 GRACE = 5.0
 """Seconds that closing waits for a bundle that is being loaded; its thread ends with the process anyway."""
 REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
@@ -97,22 +99,36 @@ class Request:
 
 
 class Requests:
-    """The latest of what was recorded; safe to share between threads."""
+    """What was recorded in the last minutes, of nobody; safe to share between threads.
 
-    def __init__(self, most: int = RECORDED) -> None:
-        self._kept: deque[Request] = deque(maxlen=most)
+    Who erases a user can empty the ring of one process alone: in others the nameless histories are gone after AGE.
+    """
+
+    def __init__(self, most: int = RECORDED, clock: Callable[[], float] = time.monotonic) -> None:
+        self._kept: deque[tuple[float, Request]] = deque(maxlen=most)
+        self._clock, self._turn = clock, threading.Lock()
 
     def record(self, items: Sequence[int | str], times: Sequence[int] | None, k: int) -> None:
-        self._kept.append(Request(tuple(items), None if times is None else tuple(times), k))
+        request = Request(tuple(items), None if times is None else tuple(times), k)
+        with self._turn:
+            self._kept.append((self._clock(), request))
 
     def forget(self) -> None:
         """Keep none of them."""
-        self._kept.clear()
+        with self._turn:
+            self._kept.clear()
+
+    def drop(self) -> None:
+        """Keep none of them that is older than AGE."""
+        with self._turn:
+            while self._kept and self._clock() - self._kept[0][0] > AGE:
+                self._kept.popleft()
 
     @property
     def kept(self) -> list[Request]:
         """Oldest first."""
-        return list(self._kept.copy())
+        self.drop()
+        return [request for _, request in self._kept.copy()]
 
 
 def load(path: Path) -> Recommender:
@@ -187,6 +203,7 @@ class Arm:
         warm(recommender, self._requests.kept)
         if self._source.current()[0] != identity:  # its parts may be of two bundles
             raise BundleError(f"{path}: changed while it was loaded; it is loaded again")
+        recommender.forget()  # what it was warmed with may be of who is erased next
         return recommender
 
     def _say(self, kind: str, detail: str) -> None:
@@ -255,6 +272,7 @@ class Arms:
 
     def _refresh(self, seconds: float) -> None:
         while not self._stopped.wait(seconds):
+            self.requests.drop()
             for arm in self.all:
                 arm.refresh()
 

@@ -87,7 +87,9 @@ class Recommend(Struct, forbid_unknown_fields=True):
 class Batch(Struct, forbid_unknown_fields=True):
     """Users, and what may be recommended to them."""
 
-    users: Annotated[list[UserId], Meta(min_length=1, max_length=USERS, description="Ids of users.")]
+    users: Annotated[
+        list[UserId], Meta(min_length=1, max_length=USERS, description="Ids of users; their number by k is at most 100,000.")
+    ]
     k: K = 10
     filter_seen: Seen = True
     deny: Denied = []
@@ -131,11 +133,14 @@ class Happened(Struct, forbid_unknown_fields=True):
     user_id: UserId
     item_id: ItemId
     time: Annotated[Second, Meta(description="Seconds since 1970; without it, now.")] | None = None
-    event_id: Annotated[str, Meta(max_length=100, description="The same id again changes nothing.")] = ""
+    event_id: Annotated[
+        str,
+        Meta(max_length=100, description="The same id again changes nothing; without one, the same item in the same second."),
+    ] = ""
 
 
 class Events(Struct, forbid_unknown_fields=True):
-    """What happened, in any order."""
+    """What happened, in any order; after a 503 a part of it may be kept, so that to send it again needs event ids or times."""
 
     events: Annotated[list[Happened], Meta(min_length=1, max_length=EVENTS)]
 
@@ -167,6 +172,7 @@ class Recommended(Struct, omit_defaults=True):
     score: Annotated[float, Meta(description="Comparable within a list alone; of a popular item, its training events.")]
     probability: Annotated[float, Meta(description="That it is the next item, as often as on validation.")] | UnsetType = UNSET
     reasons: Annotated[list[Reason], Meta(description="The events that carried it most.")] | UnsetType = UNSET
+    categories: Annotated[list[str], Meta(description="With explain.")] | UnsetType = UNSET
 
 
 class Read(Struct):
@@ -228,7 +234,7 @@ class SimilarAnswer(Struct):
 
 
 class RankAnswer(Struct):
-    """The items in order, best first; those of which the bundle knows nothing are left out."""
+    """The items in order, best first; those that were removed, or of which the bundle knows nothing, are left out."""
 
     bundle: BundleId
     arm: str
@@ -363,9 +369,9 @@ class Problem(Struct):
 class Refusal(Exception):
     """An answer that is no list: a status and one line."""
 
-    def __init__(self, status: int, detail: str, retry_after: int = 0, allow: str = "") -> None:
+    def __init__(self, status: int, detail: str, retry_after: int = 0) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.retry_after, self.allow = status, detail, retry_after, allow
+        self.status, self.detail, self.retry_after = status, detail, retry_after
 
 
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$?\.?(?P<where>.*)`)?$", re.DOTALL)
@@ -557,11 +563,12 @@ def _described(operation: Operation) -> dict[str, Any]:
         others |= {
             400: "The body is not what its length said.",
             401: "No key, or one that is not known.",
+            408: "The body did not come in time.",
             411: "The body does not say how long it is.",
             413: "The body is too large.",
             422: "The request is not of the form that is asked for.",
             429: "Too many requests.",
-            503: "Too much to do, or a store that does not answer.",
+            503: "Too much to do, or a store or a file that does not answer or cannot be written.",
         }
     if operation.name == "ready":
         others[503] = "The process is about to leave."

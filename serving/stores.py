@@ -43,8 +43,10 @@ DIGEST, LENGTH = 16, 4
 
 
 class Blobs(Protocol):
-    """A blob a user; safe to share between threads, and its place between processes. Every method raises StoreError; BlobError where that
-    is of one user alone."""
+    """A blob a user; safe to share between threads, and its place between processes.
+
+    Every method raises StoreError, and BlobError where others are not concerned.
+    """
 
     url: str
     """Without the password."""

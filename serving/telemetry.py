@@ -87,9 +87,13 @@ class Requests:
             figures[bisect_left(SECONDS, took)] += 1
             figures[-1] += took
         if call.source:
-            self.answers[call.source] += 1
+            self.listed(call.source)
         if call.fallback:
             self.fallbacks[call.fallback] += 1
+
+    def listed(self, source: str) -> None:
+        """One more list; for calls that give several."""
+        self.answers[source] += 1
 
     def collect(self) -> Iterator[Metric]:
         """As a registry asks for them."""

@@ -15,7 +15,6 @@ let keys = 0;
 let latest = 0;
 let timer = 0;
 let running = Promise.resolve();
-const described = new Map();
 
 // The API
 
@@ -266,7 +265,6 @@ async function answer(turn) {
     if (turn !== latest) return;
     drawAnswers(answers);
     problem("");
-    describe(turn);
   } catch (error) {
     if (turn === latest) problem(error.message);
   }
@@ -329,7 +327,7 @@ function mark(item, other, place) {
 function drawItem(item, answer, [kind, sign, words], section) {
   const title = make("div", { class: "title" }, item.title, make("small", {}, String(item.item_id)));
   if (sign) title.append(make("span", { class: `mark ${kind}`, title: words, "aria-label": words, role: "img" }, sign));
-  title.append(make("span", { class: "tags" }));
+  title.append(make("span", { class: "tags" }, ...item.categories.map((name) => make("span", {}, name))));
   const bar = make("span", { class: "bar" }, make("span"));
   bar.firstChild.style.width = `${width(item.score, answer.items.map((each) => each.score))}%`;
   const row = make("li", { tabindex: "-1", "data-item": item.item_id },
@@ -377,20 +375,6 @@ function light(reasons, answer, section) {
   }
   section.querySelector(".scroll svg")?.classList.toggle("dim", numbers.size > 0);
   for (const row of byId("history").children) row.classList.toggle("lit", carried.has(row.dataset.key));
-}
-
-async function describe(turn) {
-  if (!filters.categories?.values?.length) return;
-  for (const row of byId("lists").querySelectorAll("[data-item]")) {
-    const id = row.dataset.item;
-    try {
-      if (!described.has(id)) described.set(id, (await call(`/v1/items/${encodeURIComponent(id)}`)).categories);
-    } catch {
-      return; // the list stands without them
-    }
-    if (turn !== latest) return;
-    row.querySelector(".tags").replaceChildren(...described.get(id).map((name) => make("span", {}, name)));
-  }
 }
 
 // Start

@@ -41,7 +41,7 @@ def made(
         for service in services if kind == "swap" else ():
             service.swapped(detail.partition(":")[0])
 
-    arms = Arms(PathSource(bundle), other, chosen.share if other else 0.0, chosen.salt, tell)
+    arms = Arms(PathSource(bundle), other, chosen.share, chosen.salt, tell)
     clocked = {} if clock is None else {"clock": clock}
     listed = None if lists is None else NightlyLists(lists)
     service = Service(arms, open_store(store, chosen.keep), chosen, lists=listed, addresses=addresses, **clocked)

@@ -2,8 +2,11 @@
 
 import asyncio
 import copy
+import itertools
 import json
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from recsys.errors import RecipeError, StoreError
 from serving.admission import Breaker, Cost, Desk, OnlineSettings, Rate
 from serving.app import Online
 from serving.engine import Recommender
-from serving.history import HistoryStore
+from serving.history import Event, HistoryStore
 from serving.messages import Refusal
 from serving.nightly import nightly
 from tests.serving.online import asked, client_of, made
@@ -225,6 +228,7 @@ def test_what_failed_is_left_alone_and_then_asked_by_one() -> None:
         ("drain_seconds", -1),
         ("record_every", -1),
         ("watch_seconds", 0),
+        ("body_seconds", 0),
         ("share", 1.01),
         ("share", -0.01),
     ],
@@ -336,6 +340,110 @@ def test_a_rung_that_was_slow_once_is_tried_again(ranked: Path) -> None:
     assert sources[-1] == "ranked"
 
 
+def test_a_rung_that_was_slow_once_is_tried_again_though_a_read_takes_of_the_time(ranked: Path) -> None:
+    clock, seconds = Clock(), {"first": 5.0, "second": 0.001}
+    online = paced(ranked, clock, seconds)
+    read = online.service.store.read
+
+    def slow(user_id: str) -> Any:
+        clock.now += 0.005
+        return read(user_id)
+
+    online.service.store.read = slow  # type: ignore[method-assign]
+    with client_of(online) as client:
+        assert client.post("/v1/recommend", json={"user_id": "u", "deadline_ms": 60_000}).json()["fallback"] is None
+        seconds["first"] = 0.01
+        found = [client.post("/v1/recommend", json={"user_id": "u"}).json()["fallback"] for _ in range(307)]
+    assert found[0] == "deadline"
+    assert found[-1] is None
+
+
+def test_long_lists_have_a_cost_of_their_own_and_a_new_bundle_none(ranked: Path) -> None:
+    clock, seconds = Clock(), {"first": 1.0, "second": 0.001}
+    online = paced(ranked, clock, seconds)
+    with client_of(online) as client:
+
+        def source(**question: Any) -> str:
+            found: str = client.post("/v1/recommend", json={**TIMED, **question}).json()["source"]
+            return found
+
+        assert source(k=101, deadline_ms=60_000) == "ranked"
+        seconds["first"] = 0.01
+        assert (source(k=101), source(k=100)) == ("retrieved", "ranked")
+        seconds["first"] = 1.0
+        assert (source(deadline_ms=60_000), source()) == ("ranked", "retrieved")
+        arm = online.service.arms.champion
+        arm.recommender = slowed(Recommender.load(ranked, threads=1), clock, seconds)
+        online.service.swapped("champion")
+        assert source() == "ranked"
+
+
+def test_what_takes_long_is_done_beside_and_is_no_measure(ranked: Path) -> None:
+    clock, seconds = Clock(), {"first": 7.0, "second": 0.001}
+    online = paced(ranked, clock, seconds)
+    threads: list[str] = []
+    recommended = online.service.ladder.recommended
+
+    def listen(*words: Any, **options: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return recommended(*words, **options)
+
+    online.service.ladder.recommended = listen  # type: ignore[method-assign]
+    with client_of(online) as client:
+        for k, diversity in ((101, 0.5), (101, 0.0), (101, None), (100, 0.5)):
+            seconds["first"] = 7.0 if len(threads) == 0 else 0.01
+            question = {**TIMED, "k": k, "diversity": diversity}
+            assert client.post("/v1/recommend", json=question).json()["source"] == "ranked"
+    assert [name.startswith("heavy") for name in threads] == [True, False, False, False]
+
+
+def test_a_long_request_whose_turn_does_not_come_in_time_is_refused_then(bundles: dict[str, Path]) -> None:
+    online, held, begun = made(bundles["exact"]), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        held.wait(60)
+
+    async def run() -> list[tuple[int, dict[bytes, bytes], Any]]:
+        service = online.service
+        await service.start()
+        before = asyncio.create_task(service._heavily(hold))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        question = {"history": [5], "k": 3, "explain": True}
+        late = await post(online, {**question, "deadline_ms": 20})
+        patient = asyncio.create_task(post(online, {**question, "deadline_ms": 60_000}))
+        await asyncio.sleep(0)
+        held.set()
+        await before
+        found = [late, await patient]
+        await service.stop()
+        return found
+
+    late, patient = asyncio.run(run())
+    assert (late[0], late[1][b"retry-after"]) == (503, b"1")
+    assert "deadline passed" in late[2]["detail"]
+    assert patient[0] == 200
+
+
+def test_an_explanation_whose_deadline_has_passed_is_not_made(bundles: dict[str, Path]) -> None:
+    clock = Clock()
+    online = made(bundles["exact"], clock=clock)
+    parse = online.service._parse
+
+    def slow(*words: Any) -> Any:
+        found = parse(*words)
+        clock.now += 0.05
+        return found
+
+    online.service._parse = slow  # type: ignore[method-assign]
+    question = {"history": [5], "k": 3, "explain": True}
+    assert rungs(told(online, {**question, "deadline_ms": 40}, {**question, "deadline_ms": 60_000})) == [
+        503,
+        ("retrieved", None),
+    ]
+
+
 def test_a_mistake_in_a_rung_is_logged_and_the_next_one_answers(
     ranked: Path, bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -400,15 +508,21 @@ def test_without_the_store_lists_come_from_last_night(bundles: dict[str, Path], 
     nightly(Recommender.load(bundles["exact"]), dataset, tmp_path / "lists.parquet", k=7)
     clock = Clock()
     online = made(bundles["exact"], clock=clock, lists=tmp_path / "lists.parquet", watch_seconds=1000)
-    store = online.service.store = Broken(online.service.store)  # type: ignore[assignment]
+    store = online.service.pasts.store = Broken(online.service.store)  # type: ignore[assignment]
     event = {"events": [{"user_id": "user 007", "item_id": 5, "time": 7}]}
     assert isinstance(store, Broken)
     with client_of(online) as client:
         store.down = True
         listed = client.post("/v1/recommend", json={"user_id": "user 007", "k": 3, "deny": [0]}).json()
         assert (listed["source"], listed["fallback"]) == ("nightly", "store")
-        wanted = [item for item, _ in online.service.lists.of("user 007") if item != 0][:3]  # type: ignore[union-attr]
-        assert [item["item_id"] for item in listed["items"]] == wanted
+        wanted = [item for item, _ in online.service.lists.of("user 007") if item != 0]  # type: ignore[union-attr]
+        assert [item["item_id"] for item in listed["items"]] == wanted[:3]
+        filled = client.post("/v1/recommend", json={"user_id": "user 007", "k": 13, "deny": [0, wanted[1]]}).json()
+        kept = [item for item in wanted if item != wanted[1]]
+        popular = [item["item_id"] for item in Recommender.load(bundles["exact"]).answer([], 31, deny=[0, wanted[1]])["items"]]
+        rest = [item for item in popular if item not in kept]
+        assert [item["item_id"] for item in filled["items"]] == (kept + rest)[:13]
+        assert (filled["source"], [item["rank"] for item in filled["items"]]) == ("nightly", list(range(1, 14)))
         nobody = client.post("/v1/recommend", json={"user_id": "nobody", "k": 3}).json()
         assert (nobody["source"], nobody["fallback"]) == ("popularity", "store")
         assert client.post("/v1/recommend", json={"history": [5]}).json()["fallback"] is None
@@ -435,9 +549,137 @@ def test_without_the_store_lists_come_from_last_night(bundles: dict[str, Path], 
         assert client.post("/v1/recommend", json={"user_id": "user 007"}).json()["fallback"] is None
 
 
+def unreadable(online: Online, user_id: str) -> None:
+    """Keep of a user what is no history."""
+    online.service.store._blobs.change([user_id], lambda *_: b"\xc1 no list of events")
+
+
+def test_one_users_unreadable_history_is_an_empty_one_and_nobody_else_s_trouble(
+    bundles: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    online, recommender = made(bundles["exact"]), Recommender.load(bundles["exact"], threads=1)
+    with client_of(online) as client:
+        client.post("/v1/events", json={"events": [{"user_id": "grace", "item_id": 5, "time": 7}]})
+        unreadable(online, "canary-ada")
+        ada = client.post("/v1/recommend", json={"user_id": "canary-ada"})
+        assert (ada.status_code, ada.json()["source"], ada.json()["fallback"]) == (200, "popularity", None)
+        grace = client.post("/v1/recommend", json={"user_id": "grace"}).json()
+        assert grace["items"] == recommender.answer([5])["items"]
+        both = client.post("/v1/recommend/batch", json={"users": ["canary-ada", "grace"]}).json()["answers"]
+        assert [answer["source"] for answer in both] == ["popularity", "retrieved"]
+        assert both[1]["items"] == grace["items"]
+        for refused in (
+            client.get("/v1/users/canary-ada"),
+            client.post("/v1/events", json={"events": [{"user_id": "canary-ada", "item_id": 5, "time": 7}]}),
+        ):
+            assert (refused.status_code, "users cannot be read" in refused.json()["detail"]) == (503, True)
+        assert client.get("/ready").json()["store"] == "ok"
+        assert client.delete("/v1/users/canary-ada").json()["history"] is True
+        assert client.get("/v1/users/canary-ada").json()["events"] == []
+    said = [record.__dict__["about"] for record in caplog.records if record.message == "history"]
+    assert any("unreadable" in each["detail"] for each in said)
+    assert "canary-ada" not in str(said)
+
+
+def test_a_write_that_fails_keeps_nobody_from_reading(bundles: dict[str, Path]) -> None:
+    online = made(bundles["exact"], watch_seconds=1000)
+    event = {"events": [{"user_id": "u", "item_id": 5, "time": 7}]}
+
+    def full(*_: Any) -> int:
+        raise StoreError("memory: full")
+
+    with client_of(online) as client:
+        client.post("/v1/events", json=event)
+        online.service.store.load = full  # type: ignore[method-assign]
+        for _ in range(3):
+            assert client.post("/v1/events", json=event).status_code == 503
+            assert client.post("/v1/recommend", json={"user_id": "u"}).json()["source"] == "retrieved"
+        assert client.get("/ready").json()["store"] == "ok"
+
+
+def test_large_writes_keep_no_read_of_a_remote_store_waiting(bundles: dict[str, Path]) -> None:
+    online, held, writing = made(bundles["exact"]), threading.Event(), threading.Semaphore(0)
+    pasts = online.service.pasts
+    pasts.remote = True
+
+    def slow(*_: Any) -> int:
+        writing.release()
+        held.wait(60)
+        return 0
+
+    async def run() -> tuple[int, dict[bytes, bytes], Any]:
+        service = online.service
+        await service.start()
+        service.store.append("u", [Event(5, 7)])
+        service.store.load = slow  # type: ignore[method-assign]
+        event = {"events": [{"user_id": "u", "item_id": 5, "time": 7}]}
+        writes = [asyncio.create_task(post(online, event, "/v1/events")) for _ in range(3)]
+        for _ in range(2):
+            while not writing.acquire(blocking=False):
+                await asyncio.sleep(0.001)
+        found = await post(online, {"user_id": "u", "deadline_ms": 5000})
+        held.set()
+        await asyncio.gather(*writes)
+        await service.stop()
+        return found
+
+    status, _, answer = asyncio.run(run())
+    assert (status, answer["source"], answer["fallback"]) == (200, "retrieved", None)
+    assert pasts.breaker.whole
+
+
+def test_a_remote_store_that_is_slow_is_left_alone_by_who_measured_it(bundles: dict[str, Path]) -> None:
+    clock = Clock()
+    online = made(bundles["exact"], clock=clock, deadline_ms=200)
+    pasts, read = online.service.pasts, online.service.store.read
+    pasts.remote = True
+    for took, whole in ((0.09, True), (0.11, False)):
+
+        def slow(user_id: str, took: float = took) -> Any:
+            clock.now += took
+            return read(user_id)
+
+        online.service.store.read = slow  # type: ignore[method-assign]
+        told(online, {"user_id": "u", "deadline_ms": 60_000})
+        assert pasts.breaker.whole == whole
+
+
+def test_a_swap_between_reading_a_history_and_its_turn_mixes_no_bundles(
+    bundles: dict[str, Path], shop_bundles: dict[str, Path]
+) -> None:
+    wholes = [Recommender.load(path, threads=1) for path in (bundles["exact"], shop_bundles["exact"])]
+    history = [Event(item, 10 * place) for place, item in enumerate((5, 7, 11))]
+    assert wholes[0].catalogue.by_id(5) != wholes[1].catalogue.by_id(5), "else nothing is mixed"
+    for remote in (False, True):
+        online = made(bundles["exact"], deadline_ms=60_000)
+        online.service.pasts.remote = remote
+        arm, turn = online.service.arms.champion, itertools.count(1)
+
+        def swapping(user_id: str, arm: Any = arm, turn: Any = turn) -> list[Event]:
+            arm.recommender = wholes[next(turn) % 2]
+            return history
+
+        online.service.store.read = swapping  # type: ignore[method-assign]
+        with client_of(online) as client:
+            for _ in range(2):
+                answer = client.post("/v1/recommend", json={"user_id": "u", "k": 13}).json()
+                (whole,) = [each for each in wholes if each.id == answer["bundle"]]
+                assert answer["items"] == whole.answer([5, 7, 11], 13)["items"]
+                answer = client.post("/v1/recommend", json={"user_id": "u", "k": 3, "explain": True}).json()
+                (whole,) = [each for each in wholes if each.id == answer["bundle"]]
+                assert [item["item_id"] for item in answer["items"]] == [
+                    item["item_id"] for item in whole.answer([5, 7, 11], 3)["items"]
+                ]
+                assert {event["item_id"] for event in answer["attention"]} == {5, 7, 11}
+                answer = client.post("/v1/rank", json={"user_id": "u", "items": list(range(31))}).json()
+                (whole,) = [each for each in wholes if each.id == answer["bundle"]]
+                wanted = whole.answer([5, 7, 11], 31, allow=list(range(31)), filter_seen=False)["items"]
+                assert [item["item_id"] for item in answer["items"]] == [item["item_id"] for item in wanted]
+
+
 def test_the_store_is_looked_after_without_requests(bundles: dict[str, Path]) -> None:
     online = made(bundles["exact"], watch_seconds=0.01)
-    store = online.service.store = Broken(online.service.store)  # type: ignore[assignment]
+    store = online.service.pasts.store = Broken(online.service.store)  # type: ignore[assignment]
     assert isinstance(store, Broken)
     store.down = True
     with client_of(online) as client:
@@ -480,9 +722,42 @@ def test_of_so_many_requests_one_is_recorded_of_nobody(bundles: dict[str, Path])
             assert online.service.arms.requests.kept == []
 
 
+def test_looking_after_goes_on_after_a_mistake_of_ours(
+    bundles: dict[str, Path], dataset: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nightly(Recommender.load(bundles["exact"]), dataset, tmp_path / "lists.parquet", k=3)
+    online = made(bundles["exact"], watch_seconds=0.001, lists=tmp_path / "lists.parquet")
+    looks: list[str] = []
+
+    def fail(name: str) -> bool:
+        looks.append(name)
+        raise ZeroDivisionError
+
+    online.service.store.check = partial(fail, "store")  # type: ignore[assignment]
+    online.service.lists.refresh = partial(fail, "lists")  # type: ignore[method-assign, union-attr]
+    with client_of(online) as client:
+        while len(looks) < 13:
+            client.get("/health")
+    assert looks[:4] == ["lists", "store"] * 2
+    assert {record.message for record in caplog.records if record.exc_info} == {"lists", "store"}
+
+
+def test_a_breaker_may_be_mended_by_another_thread_while_it_is_asked() -> None:
+    breaker = Breaker(1.0, Clock())
+
+    def mending() -> float:
+        breaker.mend()
+        return 1000.0
+
+    breaker.clock = mending
+    for _ in range(3):
+        breaker._until = 1001.0
+        assert not breaker.ask()
+
+
 def test_so_many_long_requests_may_wait(bundles: dict[str, Path]) -> None:
     online = made(bundles["exact"], heavy=2)
-    question = {"history": [5, 7], "k": 3, "explain": True}
+    question = {"history": [5, 7], "k": 3, "explain": True, "deadline_ms": 60_000}
     found = rungs(told(online, *[question] * 5))
     assert found == [("retrieved", None)] * 2 + [503] * 3
 

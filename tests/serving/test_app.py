@@ -1,6 +1,9 @@
 """The HTTP edge, in process."""
 
+import copy
 import json
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,18 @@ import anyio
 import msgspec
 import polars as pl
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from features.dataset import Dataset
+from recsys.errors import StoreError
 from serving import messages
 from serving.app import Online
 from serving.engine import Recommender
 from serving.explain import explain
 from serving.items import remove
 from serving.nightly import nightly
+from serving.views import View
 from tests.serving.online import asked, client_of, made
 
 BODY = 2**20
@@ -199,6 +205,26 @@ def test_a_body_that_is_no_json_or_too_long_or_of_unknown_length_is_refused(path
     assert client.post(path, content=iter([b"{}"])).status_code == 411
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(bundles: dict[str, Path]) -> None:
+    online = made(bundles["exact"], body_seconds=0.01)
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await anyio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for path in ("/v1/recommend", "/v1/recommend/batch"):
+        raw = [(b"content-length", b"7")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b"", "client": ("here", 1)}
+        anyio.run(online, scope, never, send)
+        start, body = sent[-2:]
+        assert start["status"] == 408
+        assert (b"connection", b"close") in start["headers"]
+        assert b"within 0.01 seconds" in body["body"]
+
+
 def call(online: Online, path: str, headers: dict[str, str], *parts: bytes) -> tuple[int, int]:
     """Status of a request whose body comes in parts, and how many were read; behind them the client is gone."""
     sent: list[Any] = []
@@ -335,6 +361,42 @@ def test_a_batch_has_each_users_own_list(client: TestClient, recommender: Recomm
     assert told[1]["unknown"] == ["gone"]
 
 
+def test_a_batch_of_more_places_than_one_may_ask_for_is_refused(client: TestClient) -> None:
+    response = client.post("/v1/recommend/batch", json={"users": list(range(101)), "k": 991})
+    assert response.status_code == 422
+    assert "101 users by k of 991 are more than 100000 places" in response.json()["detail"]
+
+
+def test_a_large_batch_is_asked_for_in_parts_and_each_list_is_the_same(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    recommend = Recommender.recommend
+
+    def listen(self: Recommender, histories: Any, *words: Any, **options: Any) -> Any:
+        sizes.append(len(histories))
+        return recommend(self, histories, *words, **options)
+
+    with asked(bundles["exact"]) as client:
+        users = [f"u{number}" for number in range(67)]
+        for number, user in enumerate(users):
+            happened(client, user, number, 5)
+        monkeypatch.setattr(Recommender, "recommend", listen)
+        answers = ask(client, "/v1/recommend/batch", users=users, k=3)["answers"]
+        assert sizes == [32, 32, 3]
+        assert answers[37]["items"] == ask(client, user_id="u37", k=3)["items"]
+
+
+def test_of_events_with_a_wrong_user_among_them_none_is_kept(client: TestClient) -> None:
+    events = [
+        {"user_id": user, "item_id": 5, "time": 7} for user in [*(f"wrong {number}" for number in range(1009)), "é" * 300]
+    ]
+    response = client.post("/v1/events", json={"events": events})
+    assert response.status_code == 422
+    assert "600 bytes" in response.json()["detail"]
+    assert client.get("/v1/users/wrong%200").json()["events"] == []
+
+
 def test_events_are_kept_once_and_counted(client: TestClient) -> None:
     events = [
         {"user_id": "e", "item_id": 5, "time": 20, "event_id": "a"},
@@ -366,8 +428,6 @@ def test_keep_is_how_many_events_of_a_user_are_kept(bundles: dict[str, Path]) ->
 
 
 def test_reasons_are_the_largest_drops_and_attention_the_models(client: TestClient, recommender: Recommender) -> None:
-    import torch
-
     history = [5, 7, 11, 13, 17, 19]
     answer = ask(client, history=history, k=5, explain=True)
     assert [item["item_id"] for item in answer["items"]] == [
@@ -398,6 +458,14 @@ def test_explanations_work_with_a_ranker_and_count_events_of_the_whole_history(r
         assert drops == sorted(drops, reverse=True)
 
 
+def test_explained_items_have_their_categories(shop_bundles: dict[str, Path]) -> None:
+    with asked(shop_bundles["exact"]) as client:
+        for history in ([0, 7, 1], []):
+            for item in ask(client, history=history, k=7, explain=True)["items"]:
+                assert item["categories"] == client.get(f"/v1/items/{item['item_id']}").json()["categories"] != []
+        assert "categories" not in ask(client, history=[0])["items"][0]
+
+
 def test_titles_are_found_by_any_part_in_any_case_most_popular_first(client: TestClient, recommender: Recommender) -> None:
     titles = recommender.catalogue.titles
     for part in ("STORY 9", "99", "of 997", "y 5 o", ""):
@@ -412,9 +480,42 @@ def test_titles_are_found_by_any_part_in_any_case_most_popular_first(client: Tes
     assert client.get("/v1/items/gone").status_code == 404
 
 
-def test_items_change_while_it_serves(shop_bundles: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
+def test_what_cannot_be_recommended_is_not_found(recommender: Recommender) -> None:
+    view = View(copy.copy(recommender))
+    gone = view.search("story", 7)[3]
+    view.recommender.live_V = torch.ones(recommender.lines, dtype=torch.bool)
+    view.recommender.live_V[[hit == gone for hit in view.search("story", 7)].index(True)] = False
+    assert gone not in view.search("story", 100)
+    assert view.recommends(recommender.lines - 1)
+    assert not view.recommends(recommender.lines)
 
+
+def test_titles_and_filters_of_a_new_bundle_are_made_beside_the_loop(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    complete = View.complete
+
+    def listen(self: View) -> View:
+        threads.append(threading.get_ident())
+        return complete(self)
+
+    monkeypatch.setattr(View, "complete", listen)
+    online = made(bundles["exact"])
+
+    async def run() -> None:
+        await online.service.filters()
+        await online.service.find_items("story", 7)
+        assert len(threads) == 1
+        assert threading.get_ident() not in threads
+
+    anyio.run(run)
+    arm = online.service.arms.champion
+    assert arm.refresh(force=True)
+    assert online.service.ladder.view(arm).whole
+
+
+def test_items_change_while_it_serves(shop_bundles: dict[str, Path], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(shop_bundles["exact"], bundle)
     lamp = {"item_id": 7001, "title": "brass desk lamp with a green shade", "kind": "lamp", "price": 0.0}
@@ -455,8 +556,6 @@ def test_items_of_a_registered_bundle_and_of_one_without_descriptions_do_not_cha
 
 
 def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(bundles["exact"], other)
     remove(other, [0])
@@ -513,6 +612,72 @@ def test_a_mistake_of_ours_is_one_line_and_the_next_request_is_answered(bundles:
             assert "canary-7" not in response.text
             assert response.headers["x-request-id"]
         assert ask(client, history=[5])["source"] == "retrieved"
+
+
+def test_where_nothing_can_be_written_changes_are_503_and_the_log_says_why(
+    shop_bundles: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shop_bundles["exact"], tmp_path / "bundle")
+    with asked(tmp_path / "bundle") as client:
+        (tmp_path / ".bundle.lock").mkdir()
+        for refused in (
+            client.post("/v1/items", json={"items": [{"item_id": 7001, "title": "x", "kind": "lamp", "price": 0.0}]}),
+            client.delete("/v1/items/5"),
+        ):
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"] == "60"
+            assert str(tmp_path) not in refused.text
+    said = [record.__dict__["about"]["detail"] for record in caplog.records if record.message == "unable"]
+    assert len(said) == 2
+    assert "cannot be written" in said[0]
+
+
+def test_an_erasure_that_fails_on_the_lists_says_so_forgets_and_is_done_when_asked_again(
+    bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
+) -> None:
+    file = tmp_path / "lists.parquet"
+    nightly(Recommender.load(bundles["exact"]), dataset, file, k=7)
+    online = made(bundles["exact"], lists=file, record_every=1)
+    arm = online.service.arms.champion
+    with client_of(online) as client:
+
+        def read() -> bool:
+            reader = arm.recommender.reader
+            assert reader is not None
+            return bool(reader.kept.bytes or online.service.arms.requests.kept)
+
+        happened(client, "user 007", *range(2, 43))
+        ask(client, user_id="user 007")
+        assert read()
+        (tmp_path / ".lists.parquet.lock").mkdir()
+        refused = client.delete("/v1/users/user%20007")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+        assert "still hold the user; erase again" in refused.json()["detail"]
+        assert str(tmp_path) not in refused.text
+        assert not read()
+        (tmp_path / ".lists.parquet.lock").rmdir()
+        assert client.delete("/v1/users/user%20007").json() == {"user_id": "user 007", "history": False, "lists": True}
+        whole = file.read_bytes()
+        file.write_bytes(b"no lists")
+        assert client.delete("/v1/users/user%20011").status_code == 503
+        file.write_bytes(whole)
+        assert client.delete("/v1/users/user%20011").json()["lists"] is True
+
+
+def test_an_erasure_that_the_store_refuses_empties_the_memory_all_the_same(bundles: dict[str, Path]) -> None:
+    online = made(bundles["exact"], record_every=1)
+
+    def down(user_id: str) -> bool:
+        raise StoreError("memory: down")
+
+    online.service.store.erase = down  # type: ignore[method-assign]
+    reader = online.service.arms.champion.recommender.reader
+    assert reader is not None
+    with client_of(online) as client:
+        ask(client, history=list(range(2, 43)))
+        assert reader.kept.bytes
+        assert client.delete("/v1/users/u").status_code == 503
+        assert (reader.kept.bytes, online.service.arms.requests.kept) == (0, [])
 
 
 def test_an_erased_user_is_found_nowhere(

@@ -424,3 +424,34 @@ def test_a_bundle_is_made_without_a_data_set_too_and_not_of_a_bundle(run: Path, 
     assert manifest["index"]["kind"] == "exact"
     with pytest.raises(BundleError, match="not a run"):
         export(tmp_path / "bundle", tmp_path / "other", IndexSettings())
+
+
+def test_similar_items_are_those_of_the_largest_cosine_without_the_item_itself_and_what_is_denied(
+    bundles: dict[str, Path],
+) -> None:
+    recommender = loaded(bundles["ivf"])
+    units_VE = torch.nn.functional.normalize(recommender.scan.vectors_VE.double(), dim=1)
+    for row in (FIRST_ITEM, FIRST_ITEM + 101, FIRST_ITEM + recommender.lines - 1):
+        cosines_V = units_VE @ units_VE[row - FIRST_ITEM]
+        cosines_V[row - FIRST_ITEM] = -torch.inf
+        nearest = (cosines_V.topk(11).indices + FIRST_ITEM).tolist()
+        found = recommender.similar(row, 11)
+        assert [near for near, _ in found] == nearest
+        assert [cosine for _, cosine in found] == pytest.approx(cosines_V.topk(11).values.tolist(), abs=1e-6)
+        assert [near for near, _ in recommender.similar(row, 5, deny=nearest[:2])] == nearest[2:7]
+        assert [near for near, _ in recommender.similar(row, 5, allow=nearest[3:5])] == nearest[3:5]
+    with pytest.raises(RequestError, match="k is 0"):
+        recommender.similar(FIRST_ITEM, 0)
+
+
+def test_a_complete_recommender_reads_no_file_again(bundles: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bundles["ivf"], tmp_path / "bundle")
+    wanted = loaded(bundles["ivf"]).answer([3, 5, 7])
+    recommender = Recommender.load(tmp_path / "bundle").complete()
+    shutil.rmtree(tmp_path / "bundle")
+    assert recommender.answer([3, 5, 7]) == wanted
+    assert recommender.answer(["Story 3 of 997"])["items"]
+    assert recommender.catalogue.described.texts[0]
+    assert recommender.catalogue.attributes.columns
+    with pytest.raises(RequestError, match="nearest titles"):
+        recommender.answer(["Storey 3 of 997"])

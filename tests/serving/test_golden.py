@@ -124,12 +124,12 @@ def swapped(values: list[Any], left: int, right: int) -> list[Any]:
 
 
 OTHERS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "an item": (lambda one: change(one, items=[LISTED - 1, *one["items"][1:]]), "place 1: item"),
+    "an item": (lambda one: change(one, items=[LISTED - 1, *one["items"][1:]]), "place 1: "),
     "a score": (
         lambda one: change(one, scores=[*one["scores"][:6], one["scores"][6] - 0.01, *one["scores"][7:]]),
-        "place 7: item",
+        "place 7: its item",
     ),
-    "an order": (lambda one: change(one, items=swapped(one["items"], 2, 12)), "place 3: item"),
+    "an order": (lambda one: change(one, items=swapped(one["items"], 2, 12)), "place 3: another item"),
     "fewer": (lambda one: change(one, items=one["items"][:-1], scores=one["scores"][:-1]), "20 items, written were 19"),
     "a history": (lambda one: change(one, history=one["history"][:-1], times=one["times"][:-1]), "place"),
 }
@@ -152,8 +152,8 @@ def test_a_list_that_differs_is_an_error_that_names_the_place(what: str, bundles
 def test_an_item_that_is_lost_is_seen_also_where_those_behind_it_are_as_good_as_the_last() -> None:
     written = Golden([5], [7], None, [2, 3, 5], [9.0, 7.0, 1.0])
     assert _difference(written, [2, 3, 7], [9.0, 7.0, 1.0]) == ""
-    assert _difference(written, [2, 5, 7], [9.0, 1.0, 1.0]) == "place 2: item 5 with score 1, written was 3 with 7"
-    assert _difference(written, [2, 3, 5], [9.0, 7.0, float("nan")]) == "place 3: item 5 with score nan, written was 5 with 1"
+    assert _difference(written, [2, 5, 7], [9.0, 1.0, 1.0]) == "place 2: another item with score 1, written was 7"
+    assert _difference(written, [2, 3, 5], [9.0, 7.0, float("nan")]) == "place 3: its item with score nan, written was 1"
 
 
 def test_items_of_nearly_one_score_may_swap_places_and_no_others(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_an_item_as_good_as_the_last_may_stand_in_its_place_and_rounding_moves_s
         ("{", "cannot be read as golden answers"),
         ('[{"history": [5]}]', "cannot be read as golden answers"),
         ('[{"history": [5], "times": [7], "now": null, "items": [5], "scores": []}]', "not a score for each item"),
-        ('[{"history": [1009], "times": [7], "now": null, "items": [], "scores": []}]', "no item '1009'"),
-        ('[{"history": [5], "times": [], "now": null, "items": [], "scores": []}]', "0 times for 1 events"),
+        ('[{"history": [1009], "times": [7], "now": null, "items": [], "scores": []}]', "history 0 has no answer"),
+        ('[{"history": [5], "times": [], "now": null, "items": [], "scores": []}]', "history 0 has no answer"),
         (None, "cannot be read as golden answers"),
     ],
 )

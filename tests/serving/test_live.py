@@ -27,7 +27,7 @@ from serving.export import export
 from serving.golden import GOLDEN
 from serving.index import IndexSettings
 from serving.items import remove
-from serving.live import Arm, Arms, PathSource, RegistrySource, Requests, load, source_of
+from serving.live import AGE, Arm, Arms, PathSource, RegistrySource, Requests, load, source_of
 from tests.serving.conftest import ATTRIBUTES, write_run, write_shop
 
 HISTORY = [5, 7, 11]
@@ -327,6 +327,37 @@ def test_a_new_bundle_is_warmed_with_the_latest_requests_of_which_it_knows_enoug
     assert arm.refresh(), arm.problem
     requests.forget()
     assert requests.kept == []
+
+
+def test_a_new_bundle_keeps_nothing_of_what_it_was_warmed_with(live: Path, pair: tuple[Path, Path]) -> None:
+    requests = Requests()
+    requests.record(list(range(2, 43)), None, K)
+    arm = Arm("champion", PathSource(live), requests)
+    for bundle in pair:
+        lead(live, bundle)
+        assert arm.refresh(force=True)
+        assert arm.recommender.reader is not None
+        assert arm.recommender.reader.kept.bytes == 0
+    arm.recommender.answer(list(range(2, 43)), K)
+    assert arm.recommender.reader.kept.bytes > 0, "else nothing is tried here"
+
+
+def test_what_was_recorded_is_dropped_after_some_minutes_also_where_nobody_asks(
+    pair: tuple[Path, Path],
+) -> None:
+    now = [1000.0]
+    requests = Requests(clock=lambda: now[0])
+    for second in (0, 7, AGE + 3):
+        now[0] = 1000.0 + second
+        requests.record([int(second)], None, K)
+    assert [each.items for each in requests.kept] == [(7,), (303,)]
+    arms = Arms(PathSource(pair[0]))
+    arms.requests = requests
+    now[0] += AGE + 1
+    arms.watch(0.001)
+    while requests._kept:
+        time.sleep(0.001)
+    arms.close()
 
 
 def test_what_is_recorded_is_no_one_s(pair: tuple[Path, Path]) -> None:

@@ -155,6 +155,28 @@ def accepts(port: int) -> bool:
     return True
 
 
+def test_a_body_that_never_comes_keeps_it_from_leaving_no_longer_than_it_may_take(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ("--set", "online.drain_seconds=0", "--set", "online.body_seconds=1")
+    with (
+        worker(bundles["exact"], tmp_path / "log", *options) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as under_way,
+    ):
+        under_way.sendall(b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 7\r\n\r\n{}")
+        server.tell()
+        assert server.wait() == 0
+        assert under_way.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_a_share_without_a_challenger_is_refused(bundles: dict[str, Path]) -> None:
+    words = [sys.executable, "-m", "recsys", "serve", str(bundles["exact"]), "--port", "0", "--store", "memory:"]
+    done = subprocess.run([*words, "--set", "online.share=0.3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "a share of 0.3 is given without a challenger" in done.stderr
+    assert "ResourceWarning" not in done.stderr
+
+
 def test_told_twice_it_leaves_at_once(bundles: dict[str, Path], tmp_path: Path) -> None:
     with worker(bundles["exact"], tmp_path / "log", "--set", "online.drain_seconds=1000") as server:
         server.tell()
@@ -346,6 +368,23 @@ def test_listening_for_others_without_keys_is_warned_of(bundles: dict[str, Path]
         assert "open to others without keys" in (tmp_path / "log").read_text()
     with worker(bundles["exact"], tmp_path / "other log"):
         assert "open to others" not in (tmp_path / "other log").read_text()
+
+
+def test_a_password_of_the_store_is_never_printed(dataset: Dataset) -> None:
+    from typer.testing import CliRunner
+
+    from recsys.__main__ import app
+
+    server = RedisServer()
+    server.start("--requirepass", "canary-4711")
+    try:
+        store = server.url.replace("redis://", "redis://:canary-4711@")
+        done = CliRunner().invoke(app, ["history", "import", str(dataset.path), "--store", store])
+    finally:
+        server.close()
+    assert done.exit_code == 0, done.output
+    assert "211 users" in done.output
+    assert "canary-4711" not in done.output
 
 
 def test_histories_are_imported_shown_and_erased_by_the_command(dataset: Dataset, tmp_path: Path) -> None:

@@ -77,6 +77,24 @@ def test_every_request_is_counted_by_what_became_of_it(bundles: dict[str, Path])
     assert not [name for name in told if "nowhere" in name or name.endswith("_created")]
 
 
+def test_explanations_and_batches_are_counted_by_what_made_their_lists(bundles: dict[str, Path], lines: io.StringIO) -> None:
+    online = made(bundles["exact"])
+    with client_of(online) as client:
+        client.post("/v1/events", json={"events": [{"user_id": "u", "item_id": 5, "time": 7}]})
+        client.post("/v1/recommend", json={"history": [5], "explain": True, "allow": [7, 11]})
+        assert figures(client)['recsys_answers_total{source="retrieved"}'] == 1
+        assert figures(client)["recsys_underfilled_total"] == 1
+        client.post("/v1/recommend/batch", json={"users": ["u", "nobody", "u"], "allow": [7, 11]})
+        told = figures(client)
+    assert told['recsys_answers_total{source="retrieved"}'] == 3
+    assert told['recsys_answers_total{source="popularity"}'] == 1
+    assert told["recsys_underfilled_total"] == 4
+    arm = online.service.arms.champion
+    for line in map(json.loads, lines.getvalue().splitlines()):
+        if line.get("route", "").startswith("/v1/recommend"):
+            assert (line["bundle"], line["arm"]) == (arm.recommender.id, "champion")
+
+
 def test_stages_have_their_own_seconds(ranked_bundles: dict[str, Path]) -> None:
     with client_of(made(ranked_bundles["look"])) as client:
         client.post("/v1/events", json={"events": [{"user_id": "u", "item_id": 5, "time": 7}]})
