@@ -26,4 +26,4 @@ class SetupError(RecsysError):
 
 
 class StoreError(RecsysError):
-    """A store of histories is unreachable or broken: its server is down, its file gone, its disk full, what it holds unreadable."""
+    """A store of histories is unreachable or broken: its server down, its file gone, its disk full, its content unreadable."""

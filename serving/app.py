@@ -29,11 +29,12 @@ from starlette.types import Message, Receive, Scope, Send
 from recsys import __version__
 from recsys.errors import DataError, RecsysError, RequestError, SetupError, StoreError
 from serving.admission import OnlineSettings, Rate
+from serving.document import OPERATIONS, document
 from serving.fallback import NightlyLists
 from serving.history import open_store
 from serving.keys import Keys
 from serving.live import Arms, source_of
-from serving.messages import OPERATIONS, Refusal, document
+from serving.messages import Refusal
 from serving.service import Service
 from serving.stores import BlobError
 from serving.telemetry import LOG, Call, Tracer, about, log_request, speak, tracer
@@ -476,69 +477,54 @@ def serve(
     """
     settings = settings or OnlineSettings()
     with _bound(host, port) as listener:
-        _serve(listener, bundle, host, store, lists, challenger, keys, trace, tracking, settings)
+        speak()
+        torch.set_num_threads(1)
+        services: list[Service] = []
+        addresses = {"champion": bundle} | ({"challenger": challenger} if challenger else {})
 
+        def tell(kind: str, detail: str) -> None:
+            LOG.log(logging.INFO if kind == "swap" else logging.WARNING, kind, extra=about(detail=detail))
+            for service in services:
+                name = detail.partition(":")[0]
+                if kind == "swap":
+                    service.swapped(name)
+                    _settle()
+                else:
+                    service.metrics.failed(name)
 
-def _serve(
-    listener: socket.socket,
-    bundle: str,
-    host: str,
-    store: str,
-    lists: Path | None,
-    challenger: str,
-    keys: Path | None,
-    trace: str,
-    tracking: str,
-    settings: OnlineSettings,
-) -> None:
-    speak()
-    torch.set_num_threads(1)
-    services: list[Service] = []
-    addresses = {"champion": bundle} | ({"challenger": challenger} if challenger else {})
-
-    def tell(kind: str, detail: str) -> None:
-        LOG.log(logging.INFO if kind == "swap" else logging.WARNING, kind, extra=about(detail=detail))
-        for service in services:
-            name = detail.partition(":")[0]
-            if kind == "swap":
-                service.swapped(name)
-                _settle()
-            else:
-                service.metrics.failed(name)
-
-    other = source_of(challenger, tracking) if challenger else None
-    arms = Arms(source_of(bundle, tracking), other, settings.share, settings.salt, tell)
-    known = Keys(keys) if keys is not None else None
-    if known is None and host not in ("127.0.0.1", "localhost", "::1"):
-        LOG.warning("open to others without keys", extra=about(detail=f"host {host}; give --keys"))
-    spans = tracer(trace)
-    kept = open_store(store, settings.keep)
-    listed = NightlyLists(lists) if lists is not None else None
-    service = Service(arms, kept, settings, lists=listed, addresses=addresses)
-    services.append(service)
-    online = create_app(service, known, spans)
-    config = uvicorn.Config(
-        online,
-        log_config=None,
-        access_log=False,
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        server_header=False,
-        backlog=BACKLOG,
-        timeout_graceful_shutdown=GRACE,
-    )
-    arms.watch(settings.watch_seconds)
-    _settle()
-    here = f"http://{host}:{listener.getsockname()[1]}"
-    LOG.info("listening", extra=about(detail=here, bundle=arms.champion.recommender.id))
-    try:
-        Server(config, online).run(sockets=[listener])
-    finally:
-        arms.close()
-        kept.close()
-        if spans is not None:
-            spans.close()
+        other = source_of(challenger, tracking) if challenger else None
+        arms = Arms(source_of(bundle, tracking), other, settings.share, settings.salt, tell)
+        known = Keys(keys) if keys is not None else None
+        if known is None and host not in ("127.0.0.1", "localhost", "::1"):
+            LOG.warning("open to others without keys", extra=about(detail=f"host {host}; give --keys"))
+        spans = tracer(trace)
+        kept = open_store(store, settings.keep)
+        listed = NightlyLists(lists) if lists is not None else None
+        service = Service(arms, kept, settings, lists=listed, addresses=addresses)
+        services.append(service)
+        online = create_app(service, known, spans)
+        config = uvicorn.Config(
+            online,
+            log_config=None,
+            access_log=False,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=GRACE,
+        )
+        arms.watch(settings.watch_seconds)
+        _settle()
+        here = f"http://{host}:{listener.getsockname()[1]}"
+        LOG.info("listening", extra=about(detail=here, bundle=arms.champion.recommender.id))
+        try:
+            Server(config, online).run(sockets=[listener])
+        finally:
+            arms.close()
+            kept.close()
+            if spans is not None:
+                spans.close()
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -25,10 +25,10 @@ from serving.views import View, categories_of, places, rows_of
 EXPLAINED = 20
 """Most items that are explained at once; each costs a list."""
 MANY = 100
-"""Places of a list, or items to put in order, beyond which a rung has a cost of its own; with diversity, beyond which a list is
-made between others no more: 1000 diverse places take a second."""
+"""Places of a list, or items to put in order, beyond which a rung has a cost of its own; and beyond which a diverse list, whose
+places are chosen one after the other, is made beside the others."""
 AT_ONCE = 32
-"""Users of a batch whose lists are made at once: what they take of memory does not grow with the batch."""
+"""Users of a batch whose lists are made at once, so that memory does not grow with the batch."""
 
 encode = msgspec.json.Encoder().encode
 

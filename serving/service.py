@@ -34,7 +34,7 @@ T = TypeVar("T")
 RANKED = 500
 """Items up to which putting them in order is done between other requests."""
 PLACES = 100_000
-"""Most places of all lists of a batch: half a minute of one core, for a large model."""
+"""Most places of all lists of a batch: a hundred for each of the most users."""
 
 _DECODERS = {
     kind: msgspec.json.Decoder(kind)
@@ -213,7 +213,11 @@ class Service:
         return await self._change("remove", [item_id])
 
     async def erase(self, user_id: str) -> bytes:
-        """All that is kept of a user; what another process of this API holds in memory is of nobody, and gone in minutes."""
+        """All that is kept of a user.
+
+        What other processes of the API hold in memory names nobody: recorded requests, which are gone after live.AGE, and what
+        was kept of histories that were read, found by their events alone, which goes when others need its room.
+        """
 
         def erased() -> bytes:
             try:

@@ -4,12 +4,11 @@ import json
 
 import polars as pl
 import pytest
-from fastapi.testclient import TestClient
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM
-from serving.app import create_app
 from serving.engine import Recommender
+from tests.serving.online import asked
 
 K = 17
 
@@ -43,7 +42,7 @@ def test_offline_and_online_name_the_same_items_in_the_same_order(world, run, li
     figures = json.loads(capsys.readouterr().out)
     assert {"recall@10", "ndcg@10", "recall@50", "ndcg@50"} <= set(figures)
     offline = read(tmp_path / "lists.parquet")
-    with TestClient(create_app(recommender)) as client:
+    with asked(world / "bundle") as client:
         for user, history in list(histories.items())[:97]:
             answer = client.post("/v1/recommend", json={"history": history, "k": K}).json()
             assert [item["item_id"] for item in answer["items"]] == offline[user][:K]

@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 
 from features.dataset import Dataset
 from recsys.errors import StoreError
-from serving import messages
 from serving.app import Online
+from serving.document import OPERATIONS
 from serving.engine import Recommender
 from serving.explain import explain
 from serving.items import remove
@@ -275,7 +275,7 @@ def test_health_readiness_and_documents_answer(client: TestClient, recommender: 
 
 def test_every_answer_is_of_the_form_that_the_document_says(client: TestClient, recommender: Recommender) -> None:
     happened(client, "form", 5, 7)
-    forms = {each.name: each.answer for each in messages.OPERATIONS}
+    forms = {each.name: each.answer for each in OPERATIONS}
     answers = {
         "recommend": client.post("/v1/recommend", json={"user_id": "form", "explain": True}),
         "batch": client.post("/v1/recommend/batch", json={"users": ["form", "nobody"]}),
@@ -315,15 +315,13 @@ def test_other_paths_and_methods_are_refused_in_json(client: TestClient) -> None
         response = client.get(path)
         assert response.status_code == 404, path
         assert response.json()["detail"]
-    for each in messages.OPERATIONS:
+    for each in OPERATIONS:
         path = each.path.replace("{item_id}", "5").replace("{user_id}", "5")
-        allowed = {other.method for other in messages.OPERATIONS if other.path == each.path}
+        allowed = {other.method for other in OPERATIONS if other.path == each.path}
         for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"} - allowed:
             response = client.request(method, path)
             assert response.status_code == 405, (method, path)
-            assert response.headers["allow"] == ", ".join(
-                other.method for other in messages.OPERATIONS if other.path == each.path
-            )
+            assert response.headers["allow"] == ", ".join(other.method for other in OPERATIONS if other.path == each.path)
             assert response.json()["detail"]
 
 
@@ -464,6 +462,7 @@ def test_explained_items_have_their_categories(shop_bundles: dict[str, Path]) ->
             for item in ask(client, history=history, k=7, explain=True)["items"]:
                 assert item["categories"] == client.get(f"/v1/items/{item['item_id']}").json()["categories"] != []
         assert "categories" not in ask(client, history=[0])["items"][0]
+        assert ask(client, history=[0], allow=[], explain=True)["items"] == []
 
 
 def test_titles_are_found_by_any_part_in_any_case_most_popular_first(client: TestClient, recommender: Recommender) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import RequestError
-from serving.messages import OPERATIONS, Batch, Events, NewItems, Rank, Recommend, Similar, decode, document
+from serving.document import OPERATIONS, document
+from serving.messages import Batch, Events, NewItems, Rank, Recommend, Similar, decode
 
 KINDS = [Recommend, Batch, Similar, Rank, Events, NewItems]
 LEAST: dict[Any, dict[str, Any]] = {
