@@ -10,12 +10,12 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from recsys.attention import TIME_BUCKETS, UNSEEN, time_bucket
 from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch
@@ -192,7 +192,7 @@ class GraphReader:
 
     def _key(self, seen: Seen, events: int) -> bytes:
         """Of the first so many events of one history: all that their keys and values, or the state, were made of."""
-        key = xxhash.xxh3_128(seen.rows_BT[0, :events].tobytes())
+        key = blake2b(seen.rows_BT[0, :events].tobytes(), digest_size=16)  # nobody can make two histories share one
         key.update(seen.times_BT[0, :events].tobytes())
         key.update(seen.asked_BT[0, :events].tobytes())
         return key.digest()
@@ -233,9 +233,9 @@ class GraphReader:
         if found is None:
             found = self._shaped(start, positions)
             if positions <= SHORT:
+                if len(self._shapes) >= SHAPES:
+                    self._shapes.clear()
                 self._shapes[start, positions] = found
-                if len(self._shapes) > SHAPES:
-                    self._shapes.pop(next(iter(self._shapes)), None)
         return found
 
     def _shaped(self, start: int, positions: int) -> dict[str, Array]:
