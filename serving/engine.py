@@ -89,6 +89,7 @@ class Recommender:
         self.known = Known(
             vectors_VE, self.catalogue.events[: self.lines].log1p().to(device), self.model.items, self.model.content
         )
+        self._listed_by = Known(vectors_VE.cpu(), self.known.logs_V.cpu(), self.model.items)  # what is found is on the CPU
         self.serving = ServingSettings(**self.manifest["recipe"].get(ServingSettings.section, {}))
         self.ranker_blocks = chosen_blocks(self.serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
         self.calibration = Calibration.read(self.manifest.get("calibration"))
@@ -242,7 +243,7 @@ class Recommender:
             clock.lap("retrieve")
             scores_BN = self._rank(rows_BN, scores_BN, own)
             clock.lap("rank")
-            list_BK = listed(rows_BN, scores_BN, self.known, serving, k)
+            list_BK = listed(rows_BN, scores_BN, self._listed_by, serving, k)
             if probabilities and self.calibration is not None and chances_BK is not None:
                 chances_BK[chosen] = of_rows(list_BK[0], rows_BN, self.calibration.probabilities(scores_BN), 0.0)
             if every:
@@ -336,7 +337,9 @@ class Recommender:
         vectors = self.scan.vectors[lines_BC.where(some_BC, 0).numpy()] if vectors_BCE is None else vectors_BCE.cpu().numpy()
         states_BE, look = self._read(histories, now)
         pairs = zip(states_BE.cpu().numpy(), np.broadcast_to(vectors, (len(states_BE), *vectors.shape[1:])), strict=True)
-        scores_BC = torch.from_numpy(np.stack([products(state_E, vectors_CE) for state_E, vectors_CE in pairs]))
+        scores_BC = torch.zeros(len(states_BE), rows_BC.shape[1])
+        for line, (state_E, vectors_CE) in enumerate(pairs):
+            scores_BC[line] = torch.from_numpy(products(state_E, vectors_CE))
         if look is not None:
             columns = zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True)
             beside = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
@@ -384,7 +387,7 @@ class Recommender:
 
     def _rank(self, rows_BN: Tensor, scores_BN: Tensor, look: Look | None) -> Tensor:
         """The ranker's scores of candidates, or without a look those of retrieval; shape B × N, on the CPU."""
-        if look is None or self.ranker is None:
+        if look is None or self.ranker is None or not len(rows_BN):
             return scores_BN
         graph, device = self._graph_rankers.get(self.ranker_blocks), self.scan.vectors_VE.device
         out = []

@@ -650,3 +650,10 @@ def test_a_ranker_is_exported_and_loaded_byte_for_byte(ranked_bundles: dict[str,
         ranker = loaded(ranked_bundles[kind]).ranker
         assert ranker is not None
         assert ranker.settings == wanted == RankerSettings(**bundle["recipe"]["ranker"])
+
+
+def test_no_histories_have_no_candidates_scores_or_lists(ranked_bundles: dict[str, Path]) -> None:
+    recommender, none = loaded(ranked_bundles["look"]), Batch.of([], [])
+    assert recommender.candidates(none)[1].shape[0] == 0
+    assert recommender.score(none, torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3)
+    assert recommender.recommend(none, K).rows.shape == (0, K)
