@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recsys import __version__
-from recsys.errors import RecipeError, RecsysError, RequestError, SetupError
+from recsys.errors import GuardError, RecipeError, RecsysError, RequestError, SetupError
 
 if TYPE_CHECKING:
     from recsys.config import Recipe, Settings
@@ -477,24 +477,83 @@ def explain(
 @app.command()
 def nightly(
     bundle: RunOrBundle,
-    dataset: DatasetPath,
-    out: Annotated[Path, typer.Option(help="Parquet file of user_id, item_id, rank, score.")],
+    out: Annotated[Path, typer.Option(help="Folder of the nights; the lists that are live are out/live/lists-*.parquet.")],
+    dataset: Annotated[Path | None, typer.Option(help="Histories: a directory that `recsys features` made.")] = None,
+    store: Annotated[str, typer.Option(metavar="URL", help="Histories: the store of `recsys serve`.")] = "",
+    events: Annotated[
+        str,
+        typer.Option(
+            metavar="PLACE", help="Histories: Parquet of events, a file, glob, folder or URL (s3://, gs://, https://)."
+        ),
+    ] = "",
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 100,
     now: Now = None,
+    repeats: Annotated[bool, typer.Option("--repeats", help="Items of the history may be recommended too.")] = False,
+    where: Where = None,
+    deny: Annotated[list[str] | None, typer.Option("--deny", metavar="ID …", help="Items that nobody gets.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="ID …", help="The only items that anybody gets.")
+    ] = None,
+    reasons: Annotated[bool, typer.Option("--reasons", help="Add `because`: the item of the history nearest to each.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Make every list anew, also of users of whom nothing changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go live although a guard does not hold.")] = False,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Deliver the lists to redis://HOST:PORT or postgresql://…/DB?table=NAME; repeatable."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes; 0: as many as cores, or fewer for few users.", min=0)] = 0,
+    ray: Annotated[str, typer.Option(metavar="ADDRESS", help="Compute on a Ray cluster; `local` starts one here.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda (one process), or auto: the GPU where there is one.")] = "cpu",
+    track: Annotated[bool, typer.Option(help="Record the night as an MLflow run.")] = True,
+    json: AsJson = False,
+    settings: Overrides = None,
 ) -> None:
-    """Score every user of a data set and write their lists.
+    """Make a list for every user, exactly once, and make all of them live in one step, if the guards hold.
 
-    Example: recsys nightly bundles/ml-1m --dataset datasets/ml-1m --out lists.parquet -k 100
+    A night that was interrupted goes on; lists of users of whom nothing changed are taken from the last night. A guard that
+    does not hold ends it with exit code 3, and the last night's lists stay live. Guards and settings: --set guards.overlap=0.2.
+
+    Example: recsys nightly bundles/ml-1m --dataset datasets/ml-1m --out lists -k 100
     """
-    from features.dataset import Dataset
+    from recsys.config import Recipe
+    from recsys.night import run
     from recsys.terminal import bar
-    from serving.engine import Recommender
-    from serving.nightly import nightly as score_all
 
+    given = {kind: place for kind, place in {"dataset": str(dataset or ""), "store": store, "events": events}.items() if place}
+    if len(given) != 1:
+        raise RequestError(f"{len(given)} places of histories are given; give one of --dataset, --store and --events")
+    if ray and (workers or device != "cpu"):
+        raise RequestError("--ray decides where lists are computed; leave out --workers and --device")
+    terms = {"k": k, "now": now or 0, "filter_seen": not repeats, "reasons": reasons}
+    lists = {"deny": tuple(deny or ()), "allow": tuple(allow) if allow else None}
     with bar("users") as progress:
-        summary = score_all(Recommender.load(bundle), Dataset.open(dataset), out, k, now, partial(progress, "nightly"))
+        night = run(
+            bundle,
+            out,
+            next(iter(given.items())),
+            {**terms, **lists},
+            where or [],
+            lambda sections, *owners: Recipe("nightly", _merge(sections, settings, *owners)),
+            full=full,
+            force=force,
+            to=to or [],
+            workers=workers,
+            ray=ray,
+            device=device,
+            track=track,
+            progress=progress,
+            warn=_warn,
+        )
+    told = night.manifest
+    if json:
+        typer.echo(json_module.dumps({key: value for key, value in told.items() if key not in ("files", "parts")}))
+        return
+    clock = told["clock"]
+    taken = told["users"] - clock["computed"]
+    kept = f", {taken:,} of them as they were" if taken else ""
     typer.echo(
-        f"{out}: {summary['users']:,} users, {summary['rows']:,} rows, {summary['users_per_second']:,.0f} users a second"
+        f"{night.path}: {told['users']:,} users{kept}, {told['rows']:,} rows, {told['underfilled']:,} lists not full, "
+        f"{clock['users_per_second']:,.0f} users a second"
     )
 
 
@@ -507,8 +566,12 @@ def serve(
         str, typer.Option(metavar="URL", help="Where histories are kept: sqlite:PATH, lmdb:PATH, redis://HOST:PORT, memory:.")
     ] = STORE,
     lists: Annotated[
-        Path | None, typer.Option(help="Lists of `recsys nightly`, for when none can be computed in time.")
-    ] = None,
+        str,
+        typer.Option(
+            metavar="PLACE",
+            help="Lists for when none can be computed in time: folder of `recsys nightly`, or redis://HOST:PORT.",
+        ),
+    ] = "",
     challenger: Annotated[
         str, typer.Option(metavar="BUNDLE", help="Another bundle, which answers the part online.share of the users.")
     ] = "",
@@ -636,18 +699,21 @@ def show_history(user: UserId, store: StoreUrl = STORE, json: AsJson = False) ->
 def erase_history(
     user: UserId,
     store: StoreUrl = STORE,
-    lists: Annotated[Path | None, typer.Option(help="Nightly lists out of which the user is taken too.")] = None,
+    lists: Annotated[
+        str,
+        typer.Option(metavar="PLACE", help="Lists out of which the user is taken too: folder of nights, or redis://HOST:PORT."),
+    ] = "",
 ) -> None:
     """Erase a user's events, and with --lists the user's nightly list.
 
-    Example: recsys history erase u-1 --store sqlite:histories.sqlite --lists lists.parquet
+    Example: recsys history erase u-1 --store sqlite:histories.sqlite --lists lists
     """
-    from serving.fallback import NightlyLists
+    from serving.fallback import erase_from
 
     with _store(store) as kept:
         found = {"history": kept.erase(user)}
-    if lists is not None:
-        found["lists"] = NightlyLists(lists).erase(user)
+    if lists:
+        found["lists"] = erase_from(lists, user)
     typer.echo("; ".join(f"{what}: {'erased' if there else 'nothing was there'}" for what, there in found.items()))
 
 
@@ -754,13 +820,16 @@ def _owners() -> list[type[Settings]]:
     from features.synthetic import SyntheticSettings
     from recsys.tracking import TrackingSettings
     from serving.engine import DepthSettings
+    from serving.guards import GuardSettings
     from serving.index import IndexSettings
+    from serving.nightly import NightlySettings
     from serving.ranking import ServingSettings
     from training.run import DECISIVE, RANKING
     from training.space import TuneSettings
 
     sections = [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, *RANKING, TuneSettings]
-    return [*sections, IndexSettings, DepthSettings, ServingSettings, TrackingSettings]
+    served = [IndexSettings, DepthSettings, ServingSettings, NightlySettings, GuardSettings]
+    return [*sections, *served, TrackingSettings]
 
 
 def _merge(
@@ -787,9 +856,12 @@ def _warn(message: str) -> None:
 
 
 def main() -> None:
-    """Run the command: the user's mistakes leave one line and exit code 2, our own a traceback and 1."""
+    """Run the command: the user's mistakes leave one line and exit code 2, a guard 3, our own a traceback and 1."""
     try:
         app(_one_by_one(sys.argv[1:]))
+    except GuardError as error:
+        _complain(str(error))
+        sys.exit(3)
     except RecsysError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:

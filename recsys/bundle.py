@@ -53,18 +53,29 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
         for file, write in writers.items():
             write(temporary / file)
             (temporary / file).chmod(0o644)  # some writers make files for their owner alone; another account may serve
-        files = {file: {"sha256": sha256(temporary / file), "bytes": (temporary / file).stat().st_size} for file in writers}
-        content = {"format": FORMAT, **manifest, "files": files, "hash": _hash(files)}
-        content["id"] = identity(content)
-        (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for file in (*writers, name):
-            _flush(temporary / file)
-        _flush(temporary)
-        _replace(temporary, path)
+        for file in writers:
+            flush(temporary / file)
+        content = seal(temporary, {file: entry(temporary / file) for file in writers}, manifest, name)
+        replace_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Directory(path, content)
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def seal(
+    folder: Path, files: Mapping[str, dict[str, Any]], manifest: Mapping[str, Any], name: str = MANIFEST
+) -> dict[str, Any]:
+    """Write the manifest of a folder whose files are on disk, each with its `entry`; returns it with hash and id."""
+    content = {"format": FORMAT, **manifest, "files": dict(files), "hash": _hash(files)}
+    content["id"] = identity(content)
+    write_file(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    return content
 
 
 def renew(old: Directory, path: Path, writers: Mapping[str, Writer], changes: Mapping[str, Any]) -> Directory:
@@ -81,10 +92,10 @@ def renew(old: Directory, path: Path, writers: Mapping[str, Writer], changes: Ma
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Meanwhile no other process on this machine is in here for the same `path`; it waits for its turn.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Meanwhile no other process on this machine is in here for the same `path`; it waits for its turn, or does not.
 
-    Raises RecsysError: nothing can be written beside `path`.
+    Raises RecsysError: nothing can be written beside `path`; or, where it is not to wait, another one is in here.
     """
     import fcntl
 
@@ -94,7 +105,10 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RecsysError(f"{path.parent}: cannot be written ({error.strerror}); give another place") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # ends with the process, however that ends
+        except BlockingIOError:
+            raise RecsysError(f"{path}: another process is at it; wait for its end, or stop it") from None
         yield
 
 
@@ -135,9 +149,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def replace_file(temporary: Path, path: Path) -> None:
     """Flush a finished file to disk and give it its name, in one step."""
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def sha256(path: Path) -> str:
@@ -157,7 +171,7 @@ def _hash(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _replace(new: Path, path: Path) -> None:
+def replace_directory(new: Path, path: Path) -> None:
     """Put `new` in the place of `path`, in one step where the system can exchange two names; then delete the old."""
     if not path.exists():
         os.rename(new, path)
@@ -168,7 +182,7 @@ def _replace(new: Path, path: Path) -> None:
         os.rename(path, aside / path.name)
         os.rename(new, path)
         shutil.rmtree(aside)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -177,7 +191,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(-100, bytes(one), -100, bytes(other), 2) == 0  # AT_FDCWD twice, RENAME_EXCHANGE
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

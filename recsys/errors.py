@@ -1,4 +1,4 @@
-"""The user's mistakes: each message says what was wrong, what was found and what to do; the command exits with 2."""
+"""The user's mistakes: each message says what was wrong, what was found and what to do; the command exits with 2, or 3."""
 
 
 class RecsysError(Exception):
@@ -27,3 +27,7 @@ class SetupError(RecsysError):
 
 class StoreError(RecsysError):
     """A store of histories is unreachable or broken: its server down, its file gone, its disk full, its content unreadable."""
+
+
+class GuardError(RecsysError):
+    """Nightly lists are not as their guards want them, so that the last night's stay live; the command exits with 3."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,16 @@ def steps(verb: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Tell (what is done, done, of how many): a bar for each kind of work with its time left, or a line at every tenth."""
+    """Tell (what is done, done, of how many): a bar for each kind of work, or a line at every tenth: how fast, and how long yet."""
     if not interactive():
-        told: dict[str, int] = {}
+        told: dict[str, tuple[int, float, int]] = {}
 
         def line(what: str, done: int, of: int) -> None:
             tenth = 10 * done // max(of, 1)
-            if tenth > told.get(what, -1):
-                told[what] = tenth
-                _print(f"{what}: {done:,} of {of:,} {unit}")
+            last, began, before = told.setdefault(what, (-1, time.monotonic(), done))
+            if tenth > last:
+                told[what] = tenth, began, before
+                _print(f"{what}: {done:,} of {of:,} {unit}{_pace(done - before, of - done, time.monotonic() - began)}")
 
         yield line
         return
@@ -53,6 +55,14 @@ def bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done, total=of)
 
         yield advance
+
+
+def _pace(done: int, left: int, seconds: float) -> str:
+    """How many a second, and the time left; nothing where too little is done to tell."""
+    if not done or seconds < 1:
+        return ""
+    minutes, rest = divmod(round(left * seconds / done), 60)
+    return f", {done / seconds:,.0f} a second" + (f", {minutes}:{rest:02} left" if left > 0 else "")
 
 
 @contextmanager
@@ -193,7 +203,13 @@ def _nothing() -> Iterator[None]:
 
 def _rich_bar(unit: str) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+    amount = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (*amount, Speed(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

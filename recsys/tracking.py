@@ -88,6 +88,10 @@ class Tracking:
         """A run of its own under this one, which must be running."""
         return Tracking(replace(self.settings, uri=self.uri), nested=True)
 
+    def sibling(self) -> Tracking:
+        """A run of its own in the same store."""
+        return Tracking(replace(self.settings, uri=self.uri))
+
     def outcome(self, name: str, state: str, reason: str = "") -> None:
         """How a child ended: as complete, pruned or failed; `name` is for one that ended before its run started."""
         if not self.on:
@@ -138,6 +142,21 @@ class Tracking:
             name = f"{report['split']}_repeats" if report["repeats"] else str(report["split"])
             self.metrics({f"{name}_{key}": value for key, value in report.items() if "@" in key})
             self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
+
+    def night(self, manifest: Mapping[str, Any]) -> None:
+        """Nightly lists: what their manifest counts as metrics, with the guards and the speed, and the whole as night.json."""
+        if self.on:
+            clock, guards = manifest["clock"], {f"guard_{guard['guard']}": guard["found"] for guard in manifest["guards"]}
+            counts = {key: value for key, value in manifest.items() if isinstance(value, int | float)}
+            self.metrics(
+                {**counts, **guards, **{key: clock[key] for key in ("seconds", "users_per_second", "computed", "resumed")}}
+            )
+            client = self._mlflow().MlflowClient()
+            client.set_tag(self.run_id, "bundle", manifest["bundle"])
+            client.set_tag(
+                self.run_id, "live", str(all(guard["holds"] for guard in manifest["guards"]) or bool(manifest.get("id")))
+            )
+            client.log_dict(self.run_id, dict(manifest), "night.json")
 
     def register(self, bundle: Path, identity: str, alias: str = CHAMPION) -> str:
         """Record a bundle as the next version of the registered model and promote it; the version's number."""

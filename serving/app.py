@@ -30,7 +30,7 @@ from recsys import __version__
 from recsys.errors import DataError, RecsysError, RequestError, SetupError, StoreError
 from serving.admission import OnlineSettings, Rate
 from serving.document import OPERATIONS, document
-from serving.fallback import NightlyLists
+from serving.fallback import open_lists
 from serving.history import open_store
 from serving.keys import Keys
 from serving.live import Arms, source_of
@@ -462,7 +462,7 @@ def serve(
     port: int = 8000,
     *,
     store: str = "sqlite:histories.sqlite",
-    lists: Path | None = None,
+    lists: str = "",
     challenger: str = "",
     keys: Path | None = None,
     trace: str = "",
@@ -499,7 +499,7 @@ def serve(
             LOG.warning("open to others without keys", extra=about(detail=f"host {host}; give --keys"))
         spans = tracer(trace)
         kept = open_store(store, settings.keep)
-        listed = NightlyLists(lists) if lists is not None else None
+        listed = open_lists(lists) if lists else None
         service = Service(arms, kept, settings, lists=listed, addresses=addresses)
         services.append(service)
         online = create_app(service, known, spans)
@@ -523,6 +523,8 @@ def serve(
         finally:
             arms.close()
             kept.close()
+            if listed is not None:
+                listed.close()
             if spans is not None:
                 spans.close()
 

@@ -144,19 +144,32 @@ class Catalogue:
 
         A data set that has grown since the model was trained has other rows for the same items.
         """
-        import polars as pl
-
         theirs, sequences = dataset.items["item_id"], dataset.sequences
         if theirs.equals(self.items["item_id"], check_dtypes=True):
             return sequences
-        mine = self.items.select(pl.col("item_id").cast(pl.String), own=pl.col("row").cast(pl.Int32))
-        joined = theirs.cast(pl.String).to_frame().join(mine, on="item_id", how="left", maintain_order="left")
-        behind = pl.int_range(len(theirs), dtype=pl.Int32) + FIRST_ITEM + len(self)
-        rows = joined.select(pl.coalesce("own", behind)).to_series().to_numpy()
-        own = torch.cat([torch.arange(FIRST_ITEM, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)])
         return Sequences(
-            own[sequences.items.long()], sequences.times, sequences.offsets, sequences.train_end, sequences.validation_end
+            self.aligned(theirs)[sequences.items.long()],
+            sequences.times,
+            sequences.offsets,
+            sequences.train_end,
+            sequences.validation_end,
         )
+
+    def aligned(self, theirs: pl.Series) -> Tensor:
+        """The row here of each row of a data set with these items; int32, shape FIRST_ITEM + items."""
+        own = torch.tensor(self.rows_of(theirs).fill_null(0).to_numpy())
+        behind = torch.arange(len(theirs)) + FIRST_ITEM + len(self)
+        return torch.cat([torch.arange(FIRST_ITEM), torch.where(own > 0, own, behind)]).int()
+
+    def rows_of(self, item_ids: pl.Series) -> pl.Series:
+        """The row of each item id, which counts as text; null where it is no item."""
+        import polars as pl
+
+        mine = self.items.select("item_id", own=pl.col("row").cast(pl.Int64))
+        words = item_ids.alias("item_id").to_frame()
+        if words.schema["item_id"] != mine.schema["item_id"]:
+            words, mine = words.cast({"item_id": pl.String}), mine.cast({"item_id": pl.String})
+        return words.join(mine, on="item_id", how="left", maintain_order="left")["own"]
 
     @cached_property
     def _rows_by_id(self) -> dict[str, int]:

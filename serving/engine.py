@@ -243,7 +243,8 @@ class Recommender:
             clock.lap("retrieve")
             scores_BN = self._rank(rows_BN, scores_BN, own)
             clock.lap("rank")
-            list_BK = listed(rows_BN, scores_BN, self._listed_by, serving, k)
+            in_order = own is None and named == k  # retrieval's own order is the list's
+            list_BK = (rows_BN, scores_BN) if in_order else listed(rows_BN, scores_BN, self._listed_by, serving, k)
             if probabilities and self.calibration is not None and chances_BK is not None:
                 chances_BK[chosen] = of_rows(list_BK[0], rows_BN, self.calibration.probabilities(scores_BN), 0.0)
             if every:
@@ -280,7 +281,7 @@ class Recommender:
             scores_N = self._graph_rankers[self.ranker_blocks].rank(rows_N[None], scores_N[None], look)[0]
             clock.lap("rank")
         if look is not None or named != k:
-            rows_N, scores_N = ordered(rows_N, scores_N, k)
+            (rows_N,), (scores_N,) = ordered(rows_N[None], scores_N[None], k)
         clock.lap("list")
         return rows_N, scores_N
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from recsys.errors import RequestError
 from recsys.text import without_words
 from serving.engine import Recommender
 from serving.filters import until
+from serving.lists import Lists
+
+if TYPE_CHECKING:
+    import polars as pl
 
 GROUPS = 32
 """Groups of events that are left out together."""
@@ -171,6 +175,28 @@ def reasons(
         ]
         for number in range(len(rows))
     ]
+
+
+@torch.inference_mode()
+def nearest_events(recommender: Recommender, histories: Batch, lists: Lists) -> pl.Series:
+    """Of each place that holds an item, list by list, the item of the history whose vector is nearest by cosine: `because`.
+
+    Null where the list is of popularity. A reason that costs next to nothing; `reasons` measures what an event carried.
+    """
+    import polars as pl
+
+    ways_VE, rows = recommender.directions.vectors_VE, []
+    for place, history in enumerate(torch.tensor_split(histories.values, histories.offsets[1:-1])):
+        listed = lists.rows[place][lists.rows[place] != PADDING]
+        known = history[(history >= FIRST_ITEM) & (history < FIRST_ITEM + len(ways_VE))]
+        if bool(lists.popular[place]) or not len(known):
+            rows.append(torch.zeros_like(listed))
+            continue
+        cosines_KT = ways_VE[listed - FIRST_ITEM] @ ways_VE[known - FIRST_ITEM].T
+        rows.append(known[cosines_KT.argmax(1)])
+    rows_N = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
+    item_ids = recommender.catalogue.items["item_id"].gather((rows_N - FIRST_ITEM).clamp(min=0).numpy())
+    return item_ids.alias("because").set(pl.Series((rows_N == PADDING).numpy()), None)
 
 
 @torch.inference_mode()

@@ -4,28 +4,85 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from recsys.batch import FIRST_ITEM
-from recsys.bundle import locked
-from recsys.errors import DataError
-from serving.tables import write_frames
+from recsys.bundle import MANIFEST
+from recsys.errors import DataError, SetupError
+from serving.nights import LIVE, Night, Nights, lists_file, shard_of
+from serving.redis_lists import KINDS, RedisLists
+from serving.stores import hidden
 
 if TYPE_CHECKING:
     import polars as pl
 
     from serving.engine import Recommender
 
-ROWS = 2**20
-"""Rows of the file that are in memory at once while a user is taken out."""
+TRIES = 10
+"""How often the lists are read while new ones go live, before that is an error."""
 COLUMNS = ("user_id", "item_id", "rank", "score")
+
+
+class UserLists(Protocol):
+    """Where the API finds the lists that the nightly job made; safe to share between threads."""
+
+    remote: bool
+    """Whether they are asked for over a network, which is to be done in a thread."""
+
+    def of(self, user_id: str) -> list[tuple[int | str, float]]:
+        """Item ids and scores of a user's list, best first; empty where there is none, or it cannot be had now."""
+        ...
+
+    def refresh(self) -> bool:
+        """Take new lists if there are some, and say whether. Raises DataError, StoreError: they cannot be read."""
+        ...
+
+    def erase(self, user_id: str) -> bool:
+        """Leave nothing of a user; returns whether there was a list. Raises RecsysError: that cannot be done now."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_lists(place: str) -> UserLists:
+    """The lists in a folder of nights, or delivered to redis://HOST:PORT/NUMBER.
+
+    Raises DataError: no lists are there. SetupError: a URL of another kind, or without its package.
+    """
+    return _delivered(place) or NightlyLists(Path(place))
+
+
+def erase_from(place: str, user_id: str) -> bool:
+    """Take a user out of the lists at a place, without reading them all; returns whether there was one.
+
+    Raises SetupError: as open_lists. RecsysError: that cannot be done now.
+    """
+    delivered = _delivered(place)
+    if delivered is None:
+        if not (Path(place) / LIVE).is_symlink():
+            raise _unreadable(Path(place))
+        return Nights(Path(place)).erase(user_id)
+    try:
+        return delivered.erase(user_id)
+    finally:
+        delivered.close()
+
+
+def _delivered(place: str) -> UserLists | None:
+    """The lists at a URL; None: it is a folder's path."""
+    kind, _, rest = place.partition("://")
+    if not rest:
+        return None
+    if kind not in KINDS:
+        raise SetupError(f"{hidden(place)}: no lists are read there; give the folder of nights, or a URL of {', '.join(KINDS)}")
+    return RedisLists(place)
 
 
 @dataclass(frozen=True)
@@ -44,17 +101,27 @@ class _Users:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Shard:
     users: _Users
     offsets_U: npt.NDArray[np.int64]
     items_N: npt.NDArray[np.int32]
+    """Places in item_ids."""
     scores_N: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Table:
+    shards: list[_Shard]
+    hashes: list[str]
+    """Of the shards' files: a shard of the same one need not be read again."""
     item_ids: list[int | str]
-    stamp: tuple[int, int, int]
+    stamp: tuple[str, int, int]
 
 
 class NightlyLists:
-    """The lists of a file that `recsys nightly` wrote; read again when it is replaced. Safe to share between threads."""
+    """The lists of the live night in a folder, held in memory; read again when another one goes live."""
+
+    remote = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,88 +130,100 @@ class NightlyLists:
 
     def __len__(self) -> int:
         """Users that have a list."""
-        return len(self._table.users)
+        return sum(len(shard.users) for shard in self._table.shards)
 
     def of(self, user_id: str) -> list[tuple[int | str, float]]:
         """Item ids and scores of a user's list, best first; empty where there is none."""
         table, wanted = self._table, user_id.encode()
-        place = bisect_left(table.users, wanted)
-        if place == len(table.users) or table.users[place] != wanted:
+        shard = table.shards[shard_of(user_id, len(table.shards))]
+        place = bisect_left(shard.users, wanted)
+        if place == len(shard.users) or shard.users[place] != wanted:
             return []
-        lines = slice(int(table.offsets_U[place]), int(table.offsets_U[place + 1]))
-        codes, scores = table.items_N[lines].tolist(), table.scores_N[lines].tolist()
+        lines = slice(int(shard.offsets_U[place]), int(shard.offsets_U[place + 1]))
+        codes, scores = shard.items_N[lines].tolist(), shard.scores_N[lines].tolist()
         return [(table.item_ids[code], score) for code, score in zip(codes, scores, strict=True)]
 
     def refresh(self) -> bool:
-        """Read the file again if it is another than before; whether it was. Raises DataError: it cannot be read."""
+        """Read the live night if it is another than before; whether it was. Raises DataError: it cannot be read."""
         with self._change:
             if _stamp(self.path) == self._table.stamp:
                 return False
-            self._table = _read(self.path)
+            self._table = _read(self.path, self._table)
             return True
 
     def erase(self, user_id: str) -> bool:
-        """Write the file without a user's list, whole or not at all, and forget the list; whether there was one.
+        """Take a user out of every night, each as a whole or not at all, and forget the list; whether there was one.
 
-        Raises DataError: the file cannot be read. RecsysError: it cannot be written.
+        Raises DataError: a night cannot be read. RecsysError: the folder cannot be written.
         """
-        import polars as pl
-
-        with self._change, locked(self.path):
+        with self._change:
+            found = Nights(self.path).erase(user_id)
             if _stamp(self.path) != self._table.stamp:
-                self._table = _read(self.path)
-            if not self.of(user_id):
-                return False
-            try:
-                table = pl.scan_parquet(self.path)
-                columns = dict(table.collect_schema())
-                metadata = {key: value for key, value in pl.read_parquet_metadata(self.path).items() if key != "ARROW:schema"}
-                lines = int(table.select(pl.len()).collect().item())
-            except (pl.exceptions.PolarsError, OSError):
-                raise _unreadable(self.path) from None
+                self._table = _read(self.path, self._table)
+        return found
 
-            def frames() -> Iterator[pl.DataFrame]:
-                for start in range(0, max(lines, 1), ROWS):
-                    part = table.slice(start, ROWS).filter(pl.col("user_id").cast(pl.String) != user_id)
-                    yield part.collect()
-
-            write_frames(frames(), columns, self.path, metadata)
-            self._table = _read(self.path)
-        return True
+    def close(self) -> None:
+        pass
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """Which night is live; another one also after a user was erased."""
     try:
-        stat = path.stat()
+        live = (path / LIVE).resolve(strict=True)
+        stat = (live / MANIFEST).stat()
     except OSError:
         raise _unreadable(path) from None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+    return str(live), stat.st_ino, stat.st_mtime_ns
 
 
 def _unreadable(path: Path) -> DataError:
-    return DataError(f"{path}: cannot be read as lists; give a file that `recsys nightly` wrote")
+    return DataError(f"{path}: cannot be read as lists; give a folder that `recsys nightly` wrote")
 
 
-def _read(path: Path) -> _Table:
+def _read(path: Path, before: _Table | None = None) -> _Table:
+    """All shards of one night, even if another goes live meanwhile; those that `before` has are taken from it."""
+    for _ in range(TRIES):
+        stamp = _stamp(path)
+        try:
+            return _shards(Night.open(Path(stamp[0])), stamp, before)
+        except DataError:
+            if _stamp(path) == stamp:
+                raise
+    raise DataError(f"{path}: other lists went live {TRIES} times while they were read; try again")
+
+
+def _shards(night: Night, stamp: tuple[str, int, int], before: _Table | None) -> _Table:
     import polars as pl
 
-    stamp = _stamp(path)
+    hashes = [night.manifest["files"][lists_file(shard)]["sha256"] for shard in range(night.shards)]
+    known = dict(zip(before.hashes, before.shards, strict=True)) if before is not None else {}
+    item_ids = [] if before is None or known.keys().isdisjoint(hashes) else before.item_ids
+    shards, items = [], None
     try:
-        table = pl.read_parquet(path, columns=list(COLUMNS))
-        user, item = pl.col("user_id").cast(pl.String), pl.col("item_id")
-        items = table.select(item.unique(maintain_order=True)).to_series()
-        codes = items.to_frame().with_row_index("item")
-        table = table.join(codes, on="item_id", how="left", maintain_order="left").select("item", "score", "rank", user=user)
-        table = table.sort("user", "rank")
-        runs = table["user"].rle().struct.unnest()
+        for shard, digest in enumerate(hashes):
+            if digest in known:
+                shards.append(known[digest])
+                continue
+            table = pl.read_parquet(night.lists(shard), columns=list(COLUMNS))
+            if items is None:
+                items = pl.DataFrame({"item_id": pl.Series(item_ids, dtype=table.schema["item_id"])})
+            found = table.select(pl.col("item_id").unique(maintain_order=True))
+            items = pl.concat([items, found.join(items, on="item_id", how="anti", maintain_order="left")])
+            table = table.join(items.with_row_index("item"), on="item_id", how="left", maintain_order="left")
+            table = table.select("item", "score", "rank", user=pl.col("user_id").cast(pl.String)).sort("user", "rank")
+            shards.append(_packed(table))
     except (pl.exceptions.PolarsError, OSError):
-        raise _unreadable(path) from None
-    names = [str(name).encode() for name in runs["value"]]
-    ends_U = np.cumsum([len(name) for name in names], dtype=np.int64)
-    lengths = runs["len"].to_numpy().astype(np.int64)
-    offsets_U = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    items_N, scores_N = table["item"].to_numpy().astype(np.int32), table["score"].to_numpy().astype(np.float32)
-    return _Table(_Users(b"".join(names), ends_U), offsets_U, items_N, scores_N, items.to_list(), stamp)
+        raise _unreadable(night.path) from None
+    return _Table(shards, hashes, item_ids if items is None else items.to_series().to_list(), stamp)
+
+
+def _packed(table: pl.DataFrame) -> _Shard:
+    """A shard of codes of items, sorted by users, whose ids are text, and ranks."""
+    runs = table["user"].rle().struct.unnest()
+    ends_U = runs["value"].str.len_bytes().cum_sum().to_numpy().astype(np.int64)
+    offsets_U = np.concatenate([np.zeros(1, np.int64), np.cumsum(runs["len"].to_numpy(), dtype=np.int64)])
+    users = _Users("".join(runs["value"].to_list()).encode(), ends_U)
+    return _Shard(users, offsets_U, table["item"].to_numpy().astype(np.int32), table["score"].to_numpy().astype(np.float32))
 
 
 def nightly(

@@ -90,6 +90,24 @@ class HistoryStore:
         """Forget a user, so that the store's files hold neither the id nor an event; returns whether there were any."""
         return self._blobs.delete(checked(user_id))
 
+    def users(self) -> Iterator[tuple[str, list[Event] | None]]:
+        """Every user's id and events as `read` gives them, in bounded memory; None if they are unreadable.
+
+        Whoever comes or goes meanwhile is there or not. An id is empty where an earlier version wrote the history and nothing
+        was appended since: users of a file are found by their id then, and cannot be named. Redis may name a user twice.
+        """
+        for user_id, blob in self._blobs.walk():
+            try:
+                events = self._events(blob)[-self.keep :]
+            except BlobError:
+                yield user_id, None
+            else:
+                yield user_id, events
+
+    def count(self) -> int:
+        """How many users there are."""
+        return self._blobs.count()
+
     def check(self) -> None:
         """Do nothing if the store answers."""
         self._blobs.check()

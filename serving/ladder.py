@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from recsys.errors import RequestError
 from serving import explain, fallback, messages
 from serving.admission import Clock, OnlineSettings
 from serving.engine import Recommender
-from serving.fallback import NightlyLists
+from serving.fallback import UserLists
 from serving.filters import allowed_lines
 from serving.history import Event
 from serving.live import Arm, Arms
@@ -32,6 +33,9 @@ AT_ONCE = 32
 
 encode = msgspec.json.Encoder().encode
 
+Listed = Sequence[tuple[int | str, float]]
+"""Item ids and scores, best first."""
+
 
 class Ladder:
     """Makes the lists of the arms' bundles."""
@@ -41,7 +45,7 @@ class Ladder:
         arms: Arms,
         pasts: Pasts,
         settings: OnlineSettings,
-        lists: NightlyLists | None,
+        lists: UserLists | None,
         metrics: Metrics,
         clock: Clock,
     ) -> None:
@@ -69,8 +73,11 @@ class Ladder:
 
     def recommended(
         self, question: messages.Recommend, arm: Arm, deadline: float, call: Call, past: Past | None, alone: bool = False
-    ) -> bytes:
-        """A list. `alone`: in a thread of its own, beside others, so that its seconds are no measure."""
+    ) -> bytes | Callable[[Listed], bytes]:
+        """A list; or what makes it of last night's, where that is needed and has to be asked for over a network.
+
+        `alone`: in a thread of its own, beside others, so that its seconds are no measure.
+        """
         self._on_time(deadline)
         view = self.view(arm)
         past = past if self.pasts.remote else self.pasts.of(question, call)
@@ -83,12 +90,14 @@ class Ladder:
         if past is not None:
             what = "recommend" if question.k <= MANY else "recommend many"
             name, answer, why = self._climb(what, view, arm, deadline, call, rung, measured=not alone)
-        if answer is None:
-            answer = self._lower(view, question, past)
-        else:
-            answer["source"] = "popularity" if answer["source"] == "popularity" else name
         if past is not None:
             self._record(past, question.k)
+        if answer is None:
+            lower = partial(self._lower, view, question, arm, call, past, why)
+            if self.lists is None or question.user_id is None:
+                return lower([])
+            return lower(self.lists.of(str(question.user_id)))
+        answer["source"] = "popularity" if answer["source"] == "popularity" else name
         if len(answer["items"]) < question.k:
             self.metrics.underfilled.inc()
         return self._told(answer, arm, call, why)
@@ -254,7 +263,16 @@ class Ladder:
             return name, answer, why
         return "", None, why
 
-    def _lower(self, view: View, question: messages.Recommend, past: Past | None) -> dict[str, Any]:
+    def _lower(
+        self,
+        view: View,
+        question: messages.Recommend,
+        arm: Arm,
+        call: Call,
+        past: Past | None,
+        why: str,
+        listed: Listed,
+    ) -> bytes:
         """Last night's list, filled with the most popular items, or these alone, with the same filters."""
         recommender, catalogue = view.recommender, view.recommender.catalogue
         unknown: list[int | str] = []
@@ -268,15 +286,15 @@ class Ladder:
         meeting_V = catalogue.attributes.meeting(question.where) if question.where else None
         meeting_V = None if meeting_V is None else meeting_V[: recommender.lines]
         allowed_V = allowed_lines(recommender.lines, deny, allow, recommender.live_V, meeting_V)
-        found: list[tuple[int, float]] = []
-        if self.lists is not None and question.user_id is not None:
-            listed = self.lists.of(str(question.user_id))
-            found = fallback.nightly(recommender, listed, question.k, allowed_V, seen)
+        found = fallback.nightly(recommender, listed, question.k, allowed_V, seen)
         source = "nightly" if found else "popularity"
         if len(found) < question.k:
             taken = seen | {row for row, _ in found}
             found += fallback.popular(recommender, question.k - len(found), allowed_V, taken)
-        return {"bundle": recommender.id, "source": source, "unknown": unknown, "items": places(recommender, found)}
+        if len(found) < question.k:
+            self.metrics.underfilled.inc()
+        answer = {"bundle": recommender.id, "source": source, "unknown": unknown, "items": places(recommender, found)}
+        return self._told(answer, arm, call, why)
 
     def _told(self, answer: dict[str, Any], arm: Arm, call: Call, why: str) -> bytes:
         call.bundle, call.source, call.fallback = answer["bundle"], answer["source"], why

@@ -67,34 +67,30 @@ class Lister(Protocol):
 
 
 def best(rows_BC: Tensor, scores_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`ordered`, of each history."""
-    lines = zip(rows_BC.cpu().numpy(), scores_BC.cpu().numpy(), strict=True)
-    found = [ordered(rows_C, scores_C, k) for rows_C, scores_C in lines]
-    rows_BK, scores_BK = np.empty((len(found), k), np.int64), np.empty((len(found), k), np.float32)
-    for place, (rows_K, scores_K) in enumerate(found):
-        rows_BK[place], scores_BK[place] = rows_K, scores_K
+    """The k best candidates of each history by score, ties by row ascending: rows and float32 scores, shape B × k, padded.
+
+    Candidates that score -inf are left out.
+    """
+    rows_BK, scores_BK = ordered(rows_BC.cpu().numpy(), scores_BC.cpu().numpy(), k)
     return torch.from_numpy(rows_BK), torch.from_numpy(scores_BK)
 
 
-def ordered(rows_C: Array, scores_C: Array, k: int) -> tuple[Array, Array]:
-    """The k best candidates by score, ties by row ascending: rows and float32 scores, of length k, padded on the right.
-
-    Candidates that score -inf are left out. Score and row make one integer, so that no sort can break a tie otherwise.
-    """
-    scores_C = np.add(scores_C, np.float32(0.0), dtype=np.float32)  # -0.0 has other bits than 0.0
-    bits_C = scores_C.view(np.int32).astype(np.int64)
-    bits_C ^= (bits_C >> 63) & 0x7FFFFFFF  # now ordered as the floats are
-    keys_C = rows_C - (bits_C << 32)
-    if NARROW < len(keys_C) > 4 * k:
-        chosen_C = keys_C.argpartition(k)[:k]
-        order_K = chosen_C[keys_C[chosen_C].argsort()]
+def ordered(rows_BC: Array, scores_BC: Array, k: int) -> tuple[Array, Array]:
+    """`best`, of arrays. Score and row make one integer, so that no sort can break a tie otherwise."""
+    scores_BC = np.add(scores_BC, np.float32(0.0), dtype=np.float32)  # -0.0 has other bits than 0.0
+    bits_BC = scores_BC.view(np.int32).astype(np.int64)
+    bits_BC ^= (bits_BC >> 63) & 0x7FFFFFFF  # now ordered as the floats are
+    keys_BC = rows_BC - (bits_BC << 32)
+    lines_B1 = np.arange(len(keys_BC))[:, None]
+    if NARROW < keys_BC.shape[1] > 4 * k:
+        chosen_BK = keys_BC.argpartition(k)[:, :k]
+        order_BK = chosen_BK[lines_B1, keys_BC[lines_B1, chosen_BK].argsort()]
     else:
-        order_K = keys_C.argsort()[:k]
-    scores_K, rows_K = scores_C[order_K], rows_C[order_K]
-    if not len(scores_K) or scores_K[-1] == -np.inf:
-        rows_K = np.where(scores_K == -np.inf, PADDING, rows_K)
-    short = k - len(order_K)
+        order_BK = keys_BC.argsort()[:, :k]
+    scores_BK, rows_BK = scores_BC[lines_B1, order_BK], rows_BC[lines_B1, order_BK]
+    rows_BK[scores_BK == -np.inf] = PADDING
+    short = k - order_BK.shape[1]
     if short > 0:
-        rows_K = np.concatenate([rows_K, np.full(short, PADDING, rows_K.dtype)])
-        scores_K = np.concatenate([scores_K, np.full(short, -np.inf, np.float32)])
-    return rows_K, scores_K
+        rows_BK = np.pad(rows_BK, ((0, 0), (0, short)), constant_values=PADDING)
+        scores_BK = np.pad(scores_BK, ((0, 0), (0, short)), constant_values=-np.inf)
+    return rows_BK, scores_BK

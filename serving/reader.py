@@ -323,7 +323,7 @@ class GraphRanker:
         if self._ids is not None:
             feed["ids"], feed["event_ids"] = self._ids_of(rows_BN), self._ids_of(events_BS)
         if "near" in self._inputs:
-            feed["near"] = np.stack([self._near(rows_N, events_S) for rows_N, events_S in zip(rows_BN, events_BS, strict=True)])
+            feed["near"] = self._near(rows_BN, events_BS)
         if self._tokens is not None:
             known_BN = np.where(rows_BN < len(self._tokens), rows_BN, UNKNOWN)
             feed["tokens"] = self._tokens.take(known_BN, axis=0).astype(np.int64)
@@ -334,9 +334,10 @@ class GraphRanker:
 
     def _vectors_of(self, rows: Array) -> Array:
         lines = rows - FIRST_ITEM
-        some = (lines >= 0) & (lines < len(self._vectors))
-        found: Array = self._vectors.take(np.where(some, lines, 0), axis=0)
-        found[~some] = 0
+        none = (lines < 0) | (lines >= len(self._vectors))
+        found: Array = self._vectors.take(lines, axis=0, mode="clip")
+        if none.any():
+            found[none] = 0
         return found
 
     def _ids_of(self, rows: Array) -> Array:
@@ -346,26 +347,34 @@ class GraphRanker:
         found[~learnt] = 0
         return found
 
-    def _near(self, rows_N: Array, events_S: Array) -> Array:
-        """As Ranker.near, of one request, shape N × S."""
+    def _near(self, rows_BN: Array, events_BS: Array) -> Array:
+        """As Ranker.near, shape B × N × S."""
         companions, cosines = self._companions
-        known_S = np.where(events_S < len(companions), events_S, PADDING)
+        known_BS = np.where(events_BS < len(companions), events_BS, PADDING)
+        near_BSK = companions.take(known_BS, axis=0)
         slots = getattr(self._local, "slots", None)
         if slots is None:  # one for each thread: which place a row has among the candidates
             slots = self._local.slots = np.full(FIRST_ITEM + max(len(self._vectors), len(companions)), -1, np.int32)
-        slots[rows_N] = np.arange(len(rows_N))
-        slots[PADDING] = -1
-        places_SK = slots.take(companions.take(known_S, axis=0))
-        slots[rows_N] = -1
-        events, columns = np.nonzero(places_SK >= 0)
-        near_NS = np.zeros((len(rows_N), len(events_S)), np.float32)
-        near_NS[places_SK[events, columns], events] = np.sqrt(cosines[known_S[events], columns].clip(0))
-        return near_NS
+        places_BSK, places_N = np.empty(near_BSK.shape, np.int32), np.arange(rows_BN.shape[1], dtype=np.int32)
+        for line, rows_N in enumerate(rows_BN):
+            slots[rows_N] = places_N
+            slots[PADDING] = -1
+            slots.take(near_BSK[line], out=places_BSK[line])
+            slots[rows_N] = -1
+        owners, events, columns = np.nonzero(places_BSK >= 0)
+        near_BNS = np.zeros((*rows_BN.shape, events_BS.shape[1]), np.float32)
+        found = np.sqrt(cosines[known_BS[owners, events], columns].clip(0))
+        near_BNS[owners, places_BSK[owners, events, columns], events] = found
+        return near_BNS
 
 
 def _ranks(scores_BN: Array) -> Array:
     """Ranks from 1: how many score more, and one."""
-    return np.stack([1 + np.sort(line).searchsorted(line) for line in -scores_BN])
+    if (scores_BN[:, 1:] > scores_BN[:, :-1]).any():
+        return np.stack([1 + np.sort(line).searchsorted(line) for line in -scores_BN])
+    ranks_BN = np.broadcast_to(np.arange(1, 1 + scores_BN.shape[1]), scores_BN.shape).copy()
+    ranks_BN[:, 1:][scores_BN[:, 1:] == scores_BN[:, :-1]] = 1  # in order: what scores as the one before has its rank
+    return np.maximum.accumulate(ranks_BN, 1)
 
 
 def _event_parts(model: SequenceModel) -> Array:

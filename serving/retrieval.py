@@ -55,10 +55,8 @@ def find(
         for start in range(0, len(places), QUERIES):
             chunk = places[start : start + QUERIES]
             own_BE = states_BE if len(chunk) == count else states_BE[chunk]
-            for place, rows_K, scores_K in zip(
-                chunk, *_search(searcher, scan, own_BE, chunk, seen, k, n, allowed_V), strict=True
-            ):
-                rows_BK[place], scores_BK[place] = rows_K, scores_K
+            own = [seen[place] for place in chunk]
+            rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, own_BE, own, k, n, allowed_V)
     return torch.from_numpy(rows_BK), torch.from_numpy(scores_BK)
 
 
@@ -69,15 +67,13 @@ def find_one(
     if len(seen) > LONG or allowed_V is not None:
         hidden = torch.from_numpy(seen + FIRST_ITEM)
         batch = Batch(hidden, torch.tensor([0, len(hidden)]), hidden)
-        rows_1K, scores_1K = find(searcher, scan, torch.from_numpy(state_1E), k, batch, allowed_V)
-        return rows_1K[0].numpy(), scores_1K[0].numpy()
+        found = find(searcher, scan, torch.from_numpy(state_1E), k, batch, allowed_V)
+        return found[0][0].numpy(), found[1][0].numpy()
     n = _depth(k + MARGIN + len(seen), len(scan.vectors))
-    (lines_N,), (rough_N,) = searcher.near(state_1E, n)
-    settled, rows_K, scores_K = _settle(searcher.exact, scan, state_1E[0], lines_N, rough_N, seen, scan.marks, k)
-    if settled:
-        return rows_K, scores_K
-    (rows_K,), (scores_K,) = _search(searcher, scan, torch.from_numpy(state_1E), [0], [seen], k, n, None)
-    return rows_K, scores_K
+    settled_1, rows_1K, scores_1K = _settle(searcher.exact, scan, state_1E, *searcher.near(state_1E, n), [seen], k)
+    if not settled_1[0]:
+        rows_1K, scores_1K = _search(searcher, scan, torch.from_numpy(state_1E), [seen], k, n, None)
+    return rows_1K[0], scores_1K[0]
 
 
 _NONE: Array = np.zeros(0, np.int64)
@@ -95,61 +91,61 @@ def _depth(wanted: int, items: int) -> int:
 
 
 def _search(
-    searcher: Searcher,
-    scan: Scan,
-    states_BE: Tensor,
-    chunk: list[int],
-    seen: list[Array],
-    k: int,
-    n: int,
-    allowed_V: Tensor | None,
-) -> tuple[list[Array], list[Array]]:
+    searcher: Searcher, scan: Scan, states_BE: Tensor, seen: list[Array], k: int, n: int, allowed_V: Tensor | None
+) -> tuple[Array, Array]:
     """Rows and scores of the k best items outside each `seen`, from n candidates, or more where n do not settle it."""
     lines_BN, rough_BN = (part.cpu().numpy() for part in searcher.search(states_BE, n, allowed_V))
-    rows, scores = [], []
-    marked_V = scan.marks
-    for line, state_E in enumerate(states_BE.cpu().numpy()):
-        settled, *found = _settle(searcher.exact, scan, state_E, lines_BN[line], rough_BN[line], seen[chunk[line]], marked_V, k)
-        if not settled:
-            again, more = (searcher, min(2 * n, len(scan.vectors))) if searcher.exact else (scan, n)
-            own = _search(again, scan, states_BE[line : line + 1], [chunk[line]], seen, k, more, allowed_V)
-            found = [part[0] for part in own]
-        rows.append(found[0])
-        scores.append(found[1])
-    return rows, scores
+    settled_B, rows_BK, scores_BK = _settle(searcher.exact, scan, states_BE.cpu().numpy(), lines_BN, rough_BN, seen, k)
+    again, more = (searcher, min(2 * n, len(scan.vectors))) if searcher.exact else (scan, n)
+    for line in np.flatnonzero(~settled_B):
+        own = _search(again, scan, states_BE[line : line + 1], [seen[line]], k, more, allowed_V)
+        rows_BK[line], scores_BK[line] = own[0][0], own[1][0]
+    return rows_BK, scores_BK
 
 
 def _settle(
-    exact: bool, scan: Scan, state_E: Array, lines_N: Array, rough_N: Array, seen: Array, marked_V: Array, k: int
-) -> tuple[bool, Array, Array]:
-    """Whether these candidates, best first, settle the k best outside `seen`; their rows and their exact scores."""
-    keep_N, items = lines_N >= 0, len(marked_V) - 1
-    full = bool(keep_N[-1])
-    if len(seen):
-        own = np.where((seen >= 0) & (seen < items), seen, items)
-        marked_V[own] = True
-        marked_V[items] = False
-        keep_N &= ~marked_V.take(lines_N)
-        marked_V[own] = False
-    kept = np.flatnonzero(keep_N)
+    exact: bool, scan: Scan, states_BE: Array, lines_BN: Array, rough_BN: Array, seen: list[Array], k: int
+) -> tuple[Array, Array, Array]:
+    """Whether these candidates, best first, settle the k best outside each `seen`; their rows and their exact scores."""
+    items, keep_BN = len(scan.vectors), _unseen(scan, lines_BN, seen)
+    full_B = lines_BN[:, -1] >= 0
+    places_BN = keep_BN.cumsum(1, dtype=np.int32)
     if exact:  # every candidate that rounding could lift above the k-th is scored again
-        kth = rough_N[kept[k - 1]] if len(kept) >= k else -np.inf
-        least = kth - 2**-22 * len(state_E) * np.sqrt(np.dot(state_E, state_E)) * scan.longest
-        kept = kept[rough_N[kept] >= least]
-        settled = not full or bool(rough_N[-1] < least) or len(lines_N) == items
+        lines_B = np.arange(len(lines_BN))
+        kth_B = np.where(places_BN[:, -1] >= k, rough_BN[lines_B, (places_BN >= k).argmax(1)], np.float32(-np.inf))
+        lengths_B = np.sqrt(np.einsum("be,be->b", states_BE, states_BE))
+        least_B = kth_B - np.float32(2**-22 * states_BE.shape[1] * scan.longest) * lengths_B
+        keep_BN &= rough_BN >= least_B[:, None]
+        settled_B = ~full_B | (rough_BN[:, -1] < least_B) | (lines_BN.shape[1] == items)
     else:
-        kept = kept[: k + MARGIN]
-        settled = full  # else few are allowed where the index looked, and better ones may be elsewhere
-    lines_C = lines_N[kept]
-    rows_K, scores_K = ordered(lines_C + FIRST_ITEM, products(state_E, scan.vectors.take(lines_C, axis=0)), k)
-    return settled, rows_K, scores_K
+        keep_BN &= places_BN <= k + MARGIN
+        settled_B = full_B  # else few are allowed where the index looked, and better ones may be elsewhere
+    owners_C, columns_C = keep_BN.nonzero()
+    slots_C = places_BN[owners_C, columns_C] - 1
+    lines_BC = np.full((len(lines_BN), int(slots_C.max(initial=-1)) + 1), -1)
+    lines_BC[owners_C, slots_C] = lines_BN[owners_C, columns_C]
+    scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC.clip(0), axis=0))
+    scores_BC[lines_BC < 0] = -np.inf
+    return settled_B, *ordered(lines_BC + FIRST_ITEM, scores_BC, k)
+
+
+def _unseen(scan: Scan, lines_BN: Array, seen: list[Array]) -> Array:
+    """True for candidates that are there and outside `seen`."""
+    keep_BN, marked_V, items = lines_BN >= 0, scan.marks, len(scan.vectors)
+    for line, own in enumerate(seen):
+        if len(own):
+            own = own[(own >= 0) & (own < items)]
+            marked_V[own] = True
+            keep_BN[line] &= ~marked_V.take(lines_BN[line])
+            marked_V[own] = False
+    return keep_BN
 
 
 def products(state_E: Array, vectors_CE: Array) -> Array:
-    """Inner products in float64, rounded to float32: the same for a pair in any company."""
+    """Inner products in float64, rounded to float32: the same for a pair in any company. Shapes may have more dimensions."""
     exact_CE = vectors_CE.astype(np.float64)
     exact_CE *= state_E
-    found: Array = exact_CE.sum(1).astype(np.float32)
+    found: Array = exact_CE.sum(-1).astype(np.float32)
     return found
 
 

@@ -20,9 +20,9 @@ from recsys.batch import FIRST_ITEM
 from recsys.errors import BundleError, DataError, RecsysError, RequestError, SetupError, StoreError
 from serving import messages
 from serving.admission import Clock, Desk, OnlineSettings
-from serving.fallback import NightlyLists
+from serving.fallback import UserLists
 from serving.history import Event, HistoryStore
-from serving.ladder import EXPLAINED, Ladder, encode, late
+from serving.ladder import EXPLAINED, Ladder, Listed, encode, late
 from serving.live import Arm, Arms
 from serving.messages import Happened, Refusal, decode
 from serving.pasts import Asked, Past, Pasts
@@ -33,6 +33,8 @@ from serving.views import View
 T = TypeVar("T")
 RANKED = 500
 """Items up to which putting them in order is done between other requests."""
+LISTERS = 2
+"""Threads that ask for nightly lists over a network."""
 PLACES = 100_000
 """Most places of all lists of a batch: a hundred for each of the most users."""
 
@@ -58,7 +60,7 @@ class Service:
         store: HistoryStore,
         settings: OnlineSettings,
         *,
-        lists: NightlyLists | None = None,
+        lists: UserLists | None = None,
         addresses: Mapping[str, str] | None = None,
         metrics: Metrics | None = None,
         clock: Clock = time.perf_counter,
@@ -72,6 +74,7 @@ class Service:
         self.leaving = False
         self._busy = self._writing = 0
         self._thread: ThreadPoolExecutor | None = None
+        self._listers: ThreadPoolExecutor | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.metrics.watch_queue(lambda: len(self.desk))
         for arm in arms.all:
@@ -85,7 +88,7 @@ class Service:
     async def start(self) -> None:
         """Take requests, and watch the lists and the store; after a stop also again."""
         self.pasts.start()
-        self._thread = ThreadPoolExecutor(1, "heavy")
+        self._thread, self._listers = ThreadPoolExecutor(1, "heavy"), ThreadPoolExecutor(LISTERS, "lists")
         self._tasks = [asyncio.create_task(self.desk.run()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
@@ -94,8 +97,9 @@ class Service:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        for pool in (self._thread, self._listers):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
         self.pasts.stop()
 
     async def _watch(self) -> None:
@@ -104,7 +108,7 @@ class Service:
             await asyncio.sleep(self.settings.watch_seconds)
             try:
                 if self.lists is not None:
-                    await self.pasts.beside(self.lists.refresh)
+                    await asyncio.get_running_loop().run_in_executor(self._listers, self.lists.refresh)
             except RecsysError as error:
                 LOG.warning("lists", extra=about(detail=str(error)))
             except Exception:  # whatever it is, the next look may be better
@@ -135,8 +139,10 @@ class Service:
         if question.explain:
             return await self._heavily(partial(self.ladder.explained, *asked), deadline)
         if self.ladder.long(question, arm):
-            return await self._heavily(partial(self.ladder.recommended, *asked, alone=True), deadline)
-        return await self._at_desk(partial(self.ladder.recommended, *asked), call)
+            told = await self._heavily(partial(self.ladder.recommended, *asked, alone=True), deadline)
+        else:
+            told = await self._at_desk(partial(self.ladder.recommended, *asked), call)
+        return told if isinstance(told, bytes) else told(await self._listed(str(question.user_id), deadline, call))
 
     async def rank(self, body: bytes, call: Call) -> bytes:
         """Given items in order."""
@@ -337,6 +343,18 @@ class Service:
     async def _past(self, question: Asked, call: Call) -> Past | None:
         """The history; who does not answer in half of the time is not waited for."""
         return await self.pasts.of_in_thread(question, call, (question.deadline_ms or self.settings.deadline_ms) / 2000)
+
+    async def _listed(self, user_id: str, deadline: float, call: Call) -> Listed:
+        """Last night's list, asked for in a thread; none where it does not come in half of the time that is left."""
+        assert self.lists is not None
+        started = self.clock()
+        asking = asyncio.get_running_loop().run_in_executor(self._listers, self.lists.of, user_id)
+        try:
+            return await asyncio.wait_for(asking, max(0.0, deadline - started) / 2)
+        except TimeoutError:
+            return []
+        finally:
+            call.stages["lists"] = self.clock() - started
 
     def _at_desk(self, work: Callable[[], T], call: Call) -> Awaitable[T]:
         queued = self.clock()

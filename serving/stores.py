@@ -3,8 +3,8 @@
 Wiping: a database file goes on holding what was deleted, in free pages and in gaps of pages. SQLite with secure_delete zeroes
 what it frees, but a page whose rows moved to its neighbour keeps their old bytes in its gap (seen for 5 of 760 users of made-up
 traffic), LMDB zeroes nothing, and it keeps a deleted key as the border between two pages. So both files get rows of a digest
-of the user's id and a blob that lies in pages of its own, which the database never copies elsewhere and which are zeroed when
-freed. What may be left of a user is the digest, as a border or in a gap.
+of the user's id and a blob that lies, with the id behind it, in pages of its own, which the database never copies elsewhere
+and which are zeroed when freed. What may be left of a user is the digest, as a border or in a gap.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -38,8 +39,10 @@ TIMEOUT = 1.0
 """Seconds that Redis may take to connect and to answer, unless the URL says otherwise."""
 TRIES = 100
 """How often a change in Redis begins anew because another came first; of those that compete, one succeeds each time."""
-DIGEST, LENGTH = 16, 4
-"""Bytes before a blob in a file: of whom it is, and its length."""
+DIGEST, LENGTH, NAME = 16, 4, 2
+"""Bytes around a blob in a file: of whom it is, and its length; behind it, the length of the user's id, which follows."""
+WALKED = 1000
+"""Users that are walked at once."""
 
 
 class Blobs(Protocol):
@@ -58,6 +61,15 @@ class Blobs(Protocol):
 
     def delete(self, user: str) -> bool:
         """Leave nothing of a user; returns whether there was a blob."""
+
+    def walk(self) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Every user's id and blob, in bounded memory; whoever comes or goes meanwhile is there or not.
+
+        An id is empty where a file holds none, because an earlier version wrote the blob. A server may name a user twice.
+        """
+
+    def count(self) -> int:
+        """How many users there are."""
 
     def check(self) -> None: ...
 
@@ -97,9 +109,10 @@ def _digest(user: str) -> bytes:
     return blake2b(user.encode(), digest_size=DIGEST).digest()
 
 
-def _framed(digest: bytes, blob: bytes, front: int = 0) -> bytes:
+def _framed(user: str, digest: bytes, blob: bytes, front: int = 0) -> bytes:
     """A blob as files hold it, behind so many zeros; any number may follow."""
-    return bytes(front) + digest + len(blob).to_bytes(LENGTH) + blob
+    name = user.encode()
+    return b"".join((bytes(front), digest, len(blob).to_bytes(LENGTH), blob, len(name).to_bytes(NAME), name))
 
 
 def _unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | None:
@@ -110,6 +123,16 @@ def _unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | 
     if row[front : front + DIGEST] != digest:
         raise _Foreign("a row is not of the user whose key it has")
     return memoryview(row)[start : start + int.from_bytes(row[front + DIGEST : start])]
+
+
+def _named(row: bytes, front: int = 0) -> tuple[str, memoryview]:
+    """The user's id that a row holds, empty where an earlier version wrote none, and the blob."""
+    digest = row[front : front + DIGEST]
+    blob = _unframed(digest, row, front)
+    assert blob is not None  # for there is a row
+    start = front + DIGEST + LENGTH + len(blob) + NAME
+    user = row[start : start + int.from_bytes(row[start - NAME : start])].decode(errors="replace")
+    return user if _digest(user) == digest else "", blob
 
 
 class MemoryBlobs:
@@ -131,6 +154,17 @@ class MemoryBlobs:
     def delete(self, user: str) -> bool:
         with self._lock:
             return self._blobs.pop(user, None) is not None
+
+    def walk(self) -> Iterator[tuple[str, bytes]]:
+        with self._lock:
+            users = list(self._blobs)
+        for user in users:
+            blob = self._blobs.get(user)
+            if blob is not None:
+                yield user, blob
+
+    def count(self) -> int:
+        return len(self._blobs)
 
     def check(self) -> None:
         pass
@@ -190,7 +224,7 @@ class SqliteBlobs:
                 found = self._read(connection, digest)
                 blob = change(user, None if found is None else bytes(found))
                 if blob is not None:
-                    rows.append((_key(digest), self._filled(_framed(digest, blob, self.FRONT))))
+                    rows.append((_key(digest), self._filled(_framed(user, digest, blob, self.FRONT))))
             put = "INSERT INTO histories VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET events = excluded.events"
             connection.executemany(put, rows)
             connection.execute("COMMIT")
@@ -202,6 +236,20 @@ class SqliteBlobs:
                 kept = "the user is deleted, but someone has been reading for long and keeps the old bytes in the -wal"
                 raise BlobError(f"{self.url}: {kept}; erase again")
             return found
+
+    def walk(self) -> Iterator[tuple[str, memoryview]]:
+        """A part at a time, between which others may write and erase."""
+        part, start = f"SELECT user, events FROM histories WHERE user >= ? ORDER BY user LIMIT {WALKED}", -(2**63)
+        while start < 2**63:
+            with self._connection() as connection:
+                rows = connection.execute(part, (start,)).fetchall()
+                named = [_named(row, self.FRONT) for _, row in rows]
+            yield from named
+            start = rows[-1][0] + 1 if rows else 2**63
+
+    def count(self) -> int:
+        with self._connection() as connection:
+            return int(connection.execute("SELECT count(*) FROM histories").fetchone()[0])
 
     def check(self) -> None:
         with self._connection() as connection:
@@ -302,14 +350,7 @@ class LmdbBlobs:
 
     def get(self, user: str) -> memoryview | None:
         digest = _digest(user)
-        with self._errors():
-            self._follow()
-            try:
-                return _unframed(digest, self._read(digest))
-            except self._lmdb.MapResizedError:
-                with self._writing:
-                    self._resize(0)
-                return _unframed(digest, self._read(digest))
+        return self._read(lambda txn: _unframed(digest, txn.get(digest)))
 
     def change(self, users: Sequence[str], change: Change) -> None:
         def work(txn: lmdb.Transaction[bytes]) -> None:
@@ -318,7 +359,7 @@ class LmdbBlobs:
                 found = _unframed(digest, txn.get(digest))
                 blob = change(user, None if found is None else bytes(found))
                 if blob is not None:
-                    txn.put(digest, _framed(digest, blob).ljust(self._page, b"\0"))
+                    txn.put(digest, _framed(user, digest, blob).ljust(self._page, b"\0"))
 
         with self._errors():
             self._write(work)
@@ -328,6 +369,21 @@ class LmdbBlobs:
             found = self._write(lambda txn: txn.delete(_digest(user)))
             self._wipe()
             return found
+
+    def walk(self) -> Iterator[tuple[str, memoryview]]:
+        """A part at a time, between which others may write and erase."""
+        start = bytes(1)
+
+        def part(txn: lmdb.Transaction[bytes]) -> list[tuple[bytes, bytes]]:
+            with txn.cursor() as cursor:
+                return list(islice(cursor, WALKED)) if cursor.set_range(start) else []
+
+        while rows := self._read(part):
+            yield from (_named(row) for key, row in rows if len(key) == DIGEST)  # the zeros have a row too
+            start = rows[-1][0] + bytes(1)
+
+    def count(self) -> int:
+        return int(self._read(lambda _: self._env.stat()["entries"])) - 1  # of the zeros
 
     def check(self) -> None:
         self.get("")
@@ -350,9 +406,19 @@ class LmdbBlobs:
                 self._env.close()
                 self._open()
 
-    def _read(self, digest: bytes) -> bytes | None:
+    def _read(self, look: Callable[[lmdb.Transaction[bytes]], T]) -> T:
+        with self._errors():
+            self._follow()
+            try:
+                return self._look(look)
+            except self._lmdb.MapResizedError:
+                with self._writing:
+                    self._resize(0)
+                return self._look(look)
+
+    def _look(self, look: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         with self._gate, self._env.begin() as txn:
-            return txn.get(digest)
+            return look(txn)
 
     def _write(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         self._follow()
@@ -477,6 +543,30 @@ class RedisBlobs:
     def delete(self, user: str) -> bool:
         with self._errors():
             return bool(self._client.delete(self.PREFIX + user))
+
+    def walk(self) -> Iterator[tuple[str, bytes]]:
+        """A part at a time; an id that is no text that UTF-8 has is empty."""
+        for keys in self._keys():
+            with self._errors():
+                blobs = self._client.mget(keys) if keys else []
+            for key, blob in zip(keys, blobs, strict=True):
+                if blob is not None:
+                    try:
+                        yield key[len(self.PREFIX) :].decode(), blob
+                    except UnicodeDecodeError:
+                        yield "", blob
+
+    def count(self) -> int:
+        return sum(map(len, self._keys()))
+
+    def _keys(self) -> Iterator[list[bytes]]:
+        cursor = 0
+        while True:
+            with self._errors():
+                cursor, keys = self._client.scan(cursor, f"{self.PREFIX}*", WALKED)
+            yield keys
+            if not cursor:
+                return
 
     def check(self) -> None:
         with self._errors():

@@ -1,10 +1,10 @@
-"""Ranked lists as Parquet: user_id, item_id, rank, score."""
+"""Ranked lists as Parquet: user_id, item_id, rank, score; and of each user what the list was made of."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,24 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-def lists_columns(user_ids: pl.Series, catalogue: Catalogue) -> dict[str, pl.DataType]:
-    """Names and types of the columns of lists_frame."""
+SOURCES = ("ranked", "retrieved", "popularity")
+"""What makes lists, as numbers in a table of users."""
+
+
+def lists_columns(user_ids: pl.Series, catalogue: Catalogue, reasons: bool = False) -> dict[str, pl.DataType]:
+    """Names and types of the columns of lists_frame; with reasons, `because` is the item of an event."""
     import polars as pl
 
-    return {"user_id": user_ids.dtype, "item_id": catalogue.items["item_id"].dtype, "rank": pl.Int32(), "score": pl.Float32()}
+    item = catalogue.items["item_id"].dtype
+    columns = {"user_id": user_ids.dtype, "item_id": item, "rank": pl.Int32(), "score": pl.Float32()}
+    return columns | {"because": item} if reasons else columns
+
+
+def users_columns(user_ids: pl.Series) -> dict[str, pl.DataType]:
+    """Names and types of a table of users: the hash of the history, and the place in SOURCES of what made the list."""
+    import polars as pl
+
+    return {"user_id": user_ids.dtype, "history": pl.UInt64(), "source": pl.UInt8()}
 
 
 def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.DataFrame:
@@ -45,11 +58,15 @@ def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.D
 
 
 def write_frames(
-    frames: Iterable[pl.DataFrame], columns: Mapping[str, pl.DataType], path: Path, metadata: Mapping[str, str]
+    frames: Iterable[pl.DataFrame],
+    columns: Mapping[str, pl.DataType],
+    path: Path,
+    metadata: Mapping[str, str],
+    allowed: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Write frames one below the other as Parquet, whole or not at all; the same frames give the same bytes.
+    """Write frames of these columns one below the other as Parquet, whole or not at all; the same frames give the same bytes.
 
-    `columns` are those of lists_frame. Raises RecsysError: the file cannot be written.
+    `allowed` is asked before the file gets its name. Raises RecsysError: it cannot be written, or is no longer allowed to be.
     """
     path = path.absolute()
     try:
@@ -62,6 +79,8 @@ def write_frames(
         raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
     try:
         write_parquet(frames, columns, temporary, metadata=metadata)
+        if not allowed():
+            raise RecsysError(f"{path}: is not written, since the process that asked for it has ended; start it again")
         replace_file(temporary, path)
     except OSError as error:
         raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None

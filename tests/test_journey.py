@@ -51,8 +51,8 @@ def test_offline_and_online_name_the_same_items_in_the_same_order(world, run, li
 
 def test_nightly_and_the_command_name_the_same_items_in_the_same_order(world, run, lists, tmp_path, capsys):
     dataset, _, histories = lists
-    assert run("nightly", world / "bundle", "--dataset", world / "dataset", "--out", tmp_path / "night.parquet", "-k", K) == 0
-    night = read(tmp_path / "night.parquet")
+    assert run("nightly", world / "bundle", "--dataset", world / "dataset", "--out", tmp_path / "lists", "-k", K) == 0
+    night = read(tmp_path / "lists" / "live" / "lists-*.parquet")
     assert set(night) == set(histories)
     ids = dataset.items["item_id"].to_list()
     offsets, items = dataset.sequences.offsets.tolist(), dataset.sequences.items.tolist()

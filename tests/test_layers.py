@@ -21,10 +21,10 @@ REACHES = {
     "training": {"training", "features", "recsys"},
     "serving": {"serving", "features", "recsys"},
 }
-COMMAND = {"recsys/__main__.py", "recsys/demo.py", "recsys/terminal.py"}
+COMMAND = {"recsys/__main__.py", "recsys/demo.py", "recsys/night.py", "recsys/terminal.py"}
 """Reach every layer, and nothing of recsys but the command reaches them."""
-LOADED_LATE = {"recsys/demo.py"}
-"""A verb's own file, which the command imports inside a function: it may load what it likes."""
+LOADED_LATE = {"recsys/demo.py", "recsys/night.py"}
+"""Verbs' own files, which the command imports inside a function: they may load what they like."""
 DOORS = {
     "torchrec": {"recsys/embedding.py", "training/distributed.py"},
     "fbgemm_gpu": {"recsys/embedding.py", "training/distributed.py"},
@@ -40,8 +40,10 @@ DOORS = {
     "uvicorn": {"serving/app.py"},
     "prometheus_client": {"serving/telemetry.py"},
     "opentelemetry": {"serving/telemetry.py"},
-    "redis": {"serving/stores.py"},
+    "psycopg": {"serving/delivery.py"},
+    "redis": {"serving/stores.py", "serving/redis_lists.py"},
     "lmdb": {"serving/stores.py"},
+    "ray": {"serving/cluster.py"},
     "pydantic": {"recsys/config.py"},
     "typer": {"recsys/__main__.py"},
     "rich": COMMAND,
@@ -58,8 +60,10 @@ WITHIN_FUNCTIONS = {
     "onnx": (),
     "onnxruntime": (),
     "opentelemetry": (),
+    "psycopg": (),
     "redis": (),
     "lmdb": (),
+    "ray": (),
 }
 """Dependency → the layers that may load it with the module; everywhere else it loads where it is used."""
 CORE = {"torch"}

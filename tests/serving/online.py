@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from serving.admission import OnlineSettings
 from serving.app import Online, create_app
-from serving.fallback import NightlyLists
+from serving.fallback import open_lists
 from serving.history import open_store
 from serving.keys import Keys
 from serving.live import Arms, PathSource
@@ -24,7 +24,7 @@ def made(
     *,
     challenger: Path | None = None,
     store: str = "memory:",
-    lists: Path | None = None,
+    lists: Path | str | None = None,
     keys: Path | None = None,
     tracer: Tracer | None = None,
     addresses: dict[str, str] | None = None,
@@ -43,7 +43,7 @@ def made(
 
     arms = Arms(PathSource(bundle), other, chosen.share, chosen.salt, tell)
     clocked = {} if clock is None else {"clock": clock}
-    listed = None if lists is None else NightlyLists(lists)
+    listed = None if lists is None else open_lists(str(lists))
     service = Service(arms, open_store(store, chosen.keep), chosen, lists=listed, addresses=addresses, **clocked)
     services.append(service)
     paged = {} if page is None else {"page": page}

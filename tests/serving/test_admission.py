@@ -5,7 +5,7 @@ import copy
 import itertools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from recsys.errors import RecipeError, StoreError
 from serving.admission import Breaker, Cost, Desk, OnlineSettings, Rate
 from serving.app import Online
+from serving.delivery import deliver
 from serving.engine import Recommender
 from serving.history import Event, HistoryStore
 from serving.messages import Refusal
-from serving.nightly import nightly
 from tests.serving.online import asked, client_of, made
+from tests.serving.servers import redis_server
+from tests.serving.writers import lists_of, write_night
+
+
+def all_lists(dataset: Any, k: int) -> dict[str, list[tuple[int, float]]]:
+    return lists_of(dataset.user_ids.to_list(), dataset.items["item_id"].to_list(), k)
 
 
 class Clock:
@@ -504,10 +510,22 @@ class Broken:
         return ask
 
 
-def test_without_the_store_lists_come_from_last_night(bundles: dict[str, Path], dataset: Any, tmp_path: Path) -> None:
-    nightly(Recommender.load(bundles["exact"]), dataset, tmp_path / "lists.parquet", k=7)
+@pytest.fixture(params=["folder", "redis"])
+def last_night(request: pytest.FixtureRequest, dataset: Any, tmp_path: Path) -> Iterator[str]:
+    """Where the API finds a list of 7 items of every user."""
+    night = write_night(tmp_path / "lists", all_lists(dataset, 7))
+    if request.param == "folder":
+        yield str(tmp_path / "lists")
+        return
+    pytest.importorskip("redis", reason="redis: its package is not installed")
+    with redis_server() as server:
+        deliver(night, server.url)
+        yield server.url
+
+
+def test_without_the_store_lists_come_from_last_night(bundles: dict[str, Path], last_night: str) -> None:
     clock = Clock()
-    online = made(bundles["exact"], clock=clock, lists=tmp_path / "lists.parquet", watch_seconds=1000)
+    online = made(bundles["exact"], clock=clock, lists=last_night, watch_seconds=1000)
     store = online.service.pasts.store = Broken(online.service.store)  # type: ignore[assignment]
     event = {"events": [{"user_id": "user 007", "item_id": 5, "time": 7}]}
     assert isinstance(store, Broken)
@@ -725,8 +743,8 @@ def test_of_so_many_requests_one_is_recorded_of_nobody(bundles: dict[str, Path])
 def test_looking_after_goes_on_after_a_mistake_of_ours(
     bundles: dict[str, Path], dataset: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nightly(Recommender.load(bundles["exact"]), dataset, tmp_path / "lists.parquet", k=3)
-    online = made(bundles["exact"], watch_seconds=0.001, lists=tmp_path / "lists.parquet")
+    write_night(tmp_path, all_lists(dataset, 3))
+    online = made(bundles["exact"], watch_seconds=0.001, lists=tmp_path)
     looks: list[str] = []
 
     def fail(name: str) -> bool:
@@ -762,10 +780,63 @@ def test_so_many_long_requests_may_wait(bundles: dict[str, Path]) -> None:
     assert found == [("retrieved", None)] * 2 + [503] * 3
 
 
-def test_a_replaced_file_of_lists_is_taken_while_it_serves(bundles: dict[str, Path], dataset: Any, tmp_path: Path) -> None:
-    recommender, file = Recommender.load(bundles["exact"]), tmp_path / "lists.parquet"
-    nightly(recommender, dataset, file, k=3)
-    with asked(bundles["exact"], lists=file, watch_seconds=0.01) as client:
-        nightly(recommender, dataset, file, k=7)
+def test_the_next_night_is_taken_while_it_serves(bundles: dict[str, Path], dataset: Any, tmp_path: Path) -> None:
+    write_night(tmp_path, all_lists(dataset, 3))
+    with asked(bundles["exact"], lists=tmp_path, watch_seconds=0.01) as client:
+        write_night(tmp_path, all_lists(dataset, 7))
         while len(client.app.service.lists.of("user 007")) == 3:  # type: ignore[attr-defined]
             client.get("/health")
+
+
+@pytest.mark.parametrize("k", [7, 131])
+def test_who_has_too_little_time_gets_last_nights_list(bundles: dict[str, Path], last_night: str, k: int, dataset: Any) -> None:
+    """Also a diverse one, which is made beside the others."""
+    online = made(bundles["exact"], lists=last_night, deadline_ms=60_000)
+    arm = online.service.arms.champion
+    view = online.service.ladder.view(arm)
+    for name, _ in view.rungs:
+        view.cost("recommend" if k <= 100 else "recommend many", name).add(1e6)
+    with client_of(online) as client:
+        told = client.post("/v1/recommend", json={"user_id": "user 011", "k": k, "diversity": 0.5, "filter_seen": False}).json()
+    assert (told["source"], told["fallback"]) == ("nightly", "deadline")
+    wanted = [item for item, _ in all_lists(dataset, 7)["user 011"]]
+    assert [item["item_id"] for item in told["items"][:7]] == wanted
+    assert len(told["items"]) == min(k, arm.recommender.lines)
+
+
+def test_where_the_lists_server_hangs_or_is_gone_the_most_popular_items_come_in_time(
+    bundles: dict[str, Path], dataset: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("redis", reason="redis: its package is not installed")
+    question = {"user_id": "user 007", "k": 3, "deadline_ms": 400}
+    with redis_server() as server:
+        deliver(write_night(tmp_path, all_lists(dataset, 7)), server.url)
+        online = made(bundles["exact"], lists=f"{server.url}?socket_timeout=100000", watch_seconds=1000)
+        online.service.pasts.store = broken = Broken(online.service.store)  # type: ignore[assignment]
+        with client_of(online) as client:
+            broken.down = True
+            assert client.post("/v1/recommend", json=question).json()["source"] == "nightly"
+            server.stop()
+            hanging = [client.post("/v1/recommend", json=question) for _ in range(5)]
+            assert client.get("/health").status_code == 200
+            server.kill()
+            gone = [client.post("/v1/recommend", json=question) for _ in range(5)]
+            for response in (*hanging, *gone):
+                assert (response.status_code, response.json()["source"], response.json()["fallback"]) == (
+                    200,
+                    "popularity",
+                    "store",
+                )
+            assert client.delete("/v1/users/user%20007").status_code == 503
+            server.start()
+            deliver(write_night(tmp_path, all_lists(dataset, 5)), server.url)
+            while client.post("/v1/recommend", json=question).json()["source"] != "nightly":
+                pass
+            broken.down = False
+            while (erased := client.delete("/v1/users/user%20007")).status_code == 503:
+                pass
+            assert erased.json()["lists"] is True
+            assert client.delete("/v1/users/user%20007").json()["lists"] is False
+            broken.down = True
+            assert client.post("/v1/recommend", json=question).json()["source"] == "popularity"
+            broken.down = False

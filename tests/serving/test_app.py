@@ -23,9 +23,10 @@ from serving.document import OPERATIONS
 from serving.engine import Recommender
 from serving.explain import explain
 from serving.items import remove
-from serving.nightly import nightly
+from serving.nights import Night, shard_of
 from serving.views import View
 from tests.serving.online import asked, client_of, made
+from tests.serving.writers import lists_of, write_night
 
 BODY = 2**20
 HOT = ("/v1/recommend", "/v1/similar", "/v1/rank", "/v1/events")
@@ -634,9 +635,9 @@ def test_where_nothing_can_be_written_changes_are_503_and_the_log_says_why(
 def test_an_erasure_that_fails_on_the_lists_says_so_forgets_and_is_done_when_asked_again(
     bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
 ) -> None:
-    file = tmp_path / "lists.parquet"
-    nightly(Recommender.load(bundles["exact"]), dataset, file, k=7)
-    online = made(bundles["exact"], lists=file, record_every=1)
+    folder = tmp_path / "lists"
+    write_night(folder, lists_of(dataset.user_ids.to_list(), dataset.items["item_id"].to_list(), 7))
+    online = made(bundles["exact"], lists=folder, record_every=1)
     arm = online.service.arms.champion
     with client_of(online) as client:
 
@@ -648,14 +649,16 @@ def test_an_erasure_that_fails_on_the_lists_says_so_forgets_and_is_done_when_ask
         happened(client, "user 007", *range(2, 43))
         ask(client, user_id="user 007")
         assert read()
-        (tmp_path / ".lists.parquet.lock").mkdir()
+        (folder / ".live.lock").unlink()
+        (folder / ".live.lock").mkdir()
         refused = client.delete("/v1/users/user%20007")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
         assert "still hold the user; erase again" in refused.json()["detail"]
         assert str(tmp_path) not in refused.text
         assert not read()
-        (tmp_path / ".lists.parquet.lock").rmdir()
+        (folder / ".live.lock").rmdir()
         assert client.delete("/v1/users/user%20007").json() == {"user_id": "user 007", "history": False, "lists": True}
+        file = Night.open(folder).users(shard_of("user 011", 3))
         whole = file.read_bytes()
         file.write_bytes(b"no lists")
         assert client.delete("/v1/users/user%20011").status_code == 503
@@ -685,9 +688,11 @@ def test_an_erased_user_is_found_nowhere(
     user, others = "user 007", [f"user {number:03}" for number in (3, 5, 11, 101)]
     folder = tmp_path / "work"
     folder.mkdir()
-    nightly(Recommender.load(bundles["exact"]), dataset, folder / "lists.parquet", k=7)
+    lists = lists_of(dataset.user_ids.to_list(), dataset.items["item_id"].to_list(), 7)
+    write_night(folder / "lists", lists)
+    write_night(folder / "lists", lists, 5)
     store = f"{kind}:{folder / 'store'}"
-    with asked(bundles["exact"], store=store, lists=folder / "lists.parquet", record_every=1, deadline_ms=60_000) as client:
+    with asked(bundles["exact"], store=store, lists=folder / "lists", record_every=1, deadline_ms=60_000) as client:
         for each in [*others, user, *others]:
             items = [{"user_id": each, "item_id": item, "time": item, "event_id": f"{each} event {item}"} for item in range(41)]
             ask(client, "/v1/events", events=items)
@@ -701,7 +706,10 @@ def test_an_erased_user_is_found_nowhere(
         assert user not in json.dumps([client.get(path).text for path in ("/metrics", "/v1/bundle", "/ready")])
         found = [file.name for file in folder.rglob("*") if file.is_file() and user.encode() in file.read_bytes()]
         assert found == []
-        assert user not in pl.read_parquet(folder / "lists.parquet")["user_id"]  # whose bytes are packed
+        tables = [pl.read_parquet(path)["user_id"] for path in (folder / "lists" / "nights").glob("*/*.parquet")]
+        assert len(tables) == 2 * (3 + 5)
+        assert not any(user in table for table in tables)  # whose bytes are packed
+        assert {user} | set().union(*tables) == set(dataset.user_ids)
         for each in others:
             assert len(client.get(f"/v1/users/{each}").json()["events"]) == 41
             assert any(each.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())

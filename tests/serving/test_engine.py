@@ -24,8 +24,8 @@ from serving.export import export
 from serving.filters import until
 from serving.index import INDEXES, Index, IndexSettings
 from serving.lists import Lists
-from serving.nightly import nightly
 from tests.serving.conftest import LENGTH, write_run
+from tests.serving.nights import lists_of, score_all
 
 K = 37
 
@@ -196,10 +196,8 @@ def test_a_state_is_the_models_own_state(recommender: Recommender, dataset: Data
 def test_nightly_online_and_offline_name_the_same_items_in_the_same_order(
     recommender: Recommender, dataset: Dataset, tmp_path: Path
 ) -> None:
-    import polars as pl
-
-    nightly(recommender, dataset, tmp_path / "lists.parquet", k=K)
-    at_night = pl.read_parquet(tmp_path / "lists.parquet").group_by("user_id", maintain_order=True).agg("item_id", "score")
+    score_all(recommender, dataset, tmp_path, k=K)
+    at_night = lists_of(tmp_path).group_by("user_id", maintain_order=True).agg("item_id", "score")
     for history, items, scores in zip(every_history(dataset), at_night["item_id"], at_night["score"], strict=True):
         online = recommender.answer([recommender.catalogue.item_id(row) for row in history], K)["items"]
         assert [item["item_id"] for item in online] == items.to_list()

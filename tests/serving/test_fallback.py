@@ -1,7 +1,12 @@
 """Lists for when none can be computed."""
 
-from collections.abc import Iterator
+import multiprocessing
+import shutil
+import signal
+import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -9,13 +14,16 @@ import torch
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM
-from recsys.errors import DataError
+from recsys.errors import DataError, SetupError
 from serving import fallback as module
 from serving.engine import Recommender
-from serving.fallback import NightlyLists, nightly, popular
-from serving.nightly import nightly as score_all
+from serving.fallback import NightlyLists, erase_from, nightly, open_lists, popular
+from serving.nights import Night, Nights, erased_digest, shard_of
+from tests.serving.writers import erase_until_killed, lists_of, write_night
 
 K = 11
+STEPS = 29
+"""More than an erasure changes names."""
 
 
 @pytest.fixture(scope="module")
@@ -23,77 +31,214 @@ def recommender(bundles: dict[str, Path]) -> Recommender:
     return Recommender.load(bundles["exact"], threads=1)
 
 
-@pytest.fixture(scope="module")
-def written(recommender: Recommender, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("lists") / "lists.parquet"
-    score_all(recommender, dataset, path, k=K)
-    return path
-
-
 @pytest.fixture
-def file(written: Path, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "lists.parquet"
-    path.write_bytes(written.read_bytes())
-    yield path
+def folder(dataset: Dataset, tmp_path: Path) -> Path:
+    write_night(tmp_path / "lists", all_lists(dataset))
+    return tmp_path / "lists"
 
 
-def made(path: Path, users: list[int | str]) -> NightlyLists:
-    """Lists of the items 10 × place of user + rank, with the users as they come."""
-    lines = [(user, 10 * place + rank, rank, -float(rank)) for place, user in enumerate(users) for rank in (1, 2, 3)]
-    pl.DataFrame(lines, schema=["user_id", "item_id", "rank", "score"], orient="row").write_parquet(path)
-    return NightlyLists(path)
+def all_lists(dataset: Dataset) -> dict[str, list[tuple[int, float]]]:
+    return lists_of(dataset.user_ids.to_list(), dataset.items["item_id"].to_list(), K)
 
 
-def test_every_user_has_the_list_of_the_file(file: Path) -> None:
-    lists, table = NightlyLists(file), pl.read_parquet(file)
+def told(folder: Path) -> dict[Any, list[tuple[Any, float]]]:
+    """All lists of the live night, as its files have them."""
+    night = Night.open(folder, verify=True)
+    table = pl.concat([pl.read_parquet(night.lists(shard)) for shard in range(night.shards)])
+    assert len(table) == night.manifest["rows"]
+    parts = table.partition_by("user_id", as_dict=True, maintain_order=True)
+    return {user: list(zip(part["item_id"], part["score"], strict=True)) for (user,), part in parts.items()}
+
+
+def test_every_user_has_the_list_of_the_live_night(folder: Path, dataset: Dataset) -> None:
+    lists, wanted = NightlyLists(folder), all_lists(dataset)
     assert len(lists) == 211
-    for user in table["user_id"].unique():
-        mine = table.filter(pl.col("user_id") == user).sort("rank")
-        assert lists.of(user) == list(zip(mine["item_id"], mine["score"], strict=True))
+    assert told(folder) == wanted
+    for user, listed in wanted.items():
+        assert lists.of(user) == listed
     for nobody in ("", "user", "user 0070", "zz", "é"):
         assert lists.of(nobody) == []
 
 
 @pytest.mark.parametrize("users", [[3, 20, 100, -7, 9], ["b", "a", "é", "aa", "", "z" * 500]])
 def test_ids_are_found_as_text_whatever_their_order(users: list[int | str], tmp_path: Path) -> None:
-    lists = made(tmp_path / "lists.parquet", users)
-    for place, user in enumerate(users):
-        assert lists.of(str(user)) == [(10 * place + rank, -float(rank)) for rank in (1, 2, 3)]
+    for shards in (1, 7):
+        wanted = lists_of(users, range(2, 31), 3)
+        write_night(tmp_path, wanted, shards)
+        lists = NightlyLists(tmp_path)
+        for user in users:
+            assert lists.of(str(user)) == wanted[user]
 
 
-def test_a_replaced_file_is_read_again(file: Path, tmp_path: Path) -> None:
-    lists = NightlyLists(file)
+def test_the_next_night_is_read_when_it_is_live(folder: Path, dataset: Dataset) -> None:
+    lists = NightlyLists(folder)
     assert not lists.refresh()
-    made(tmp_path / "new.parquet", ["x"])
-    (tmp_path / "new.parquet").replace(file)
-    assert lists.refresh()
-    assert len(lists.of("x")) == 3
-    assert not lists.refresh()
-    file.write_text("nothing")
+    for wanted in (all_lists(dataset) | {"user 007": [(97, 0.5)]}, {"x": [("new", 0.25)]}, {"y": [(2, 7.0)]}):
+        write_night(folder, wanted)
+        assert lists.refresh()
+        assert not lists.refresh()
+        assert {user: lists.of(user) for user in wanted} == wanted
+        assert len(lists) == len(wanted)
+    (Night.open(folder).lists(0)).write_text("nothing")
+    (folder / "live").unlink()
+    (folder / "live").symlink_to("nowhere")
     with pytest.raises(DataError, match="cannot be read as lists"):
         lists.refresh()
-    assert len(lists.of("x")) == 3  # the old ones stay
+    assert lists.of("y") == [(2, 7.0)]  # the old ones stay
+
+
+@pytest.mark.parametrize("what", ["nothing", "folder", "file", "shard"])
+def test_what_is_no_folder_of_nights_is_refused(what: str, tmp_path: Path) -> None:
+    if what == "folder":
+        (tmp_path / "lists").mkdir()
+    elif what == "file":
+        (tmp_path / "lists").write_text("lists")
+    elif what == "shard":
+        write_night(tmp_path / "lists", {1: [(2, 0.5)]}).lists(0).write_text("lists")
     with pytest.raises(DataError, match="cannot be read as lists"):
-        NightlyLists(tmp_path / "none.parquet")
+        NightlyLists(tmp_path / "lists")
 
 
-@pytest.mark.parametrize("rows", [2**20, 37])
-def test_an_erased_user_leaves_the_file_and_the_others_stay(rows: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS", rows)
-    lists, before = NightlyLists(file), pl.read_parquet(file)
+def test_all_shards_are_of_one_night_whatever_goes_live_and_is_deleted_meanwhile(tmp_path: Path) -> None:
+    """Each night has one item of its own; a reader finds one item, for all users."""
+    users, ended, seen = list(range(101)), threading.Event(), set()
+
+    def publish() -> None:
+        for night in range(1, 38):
+            write_night(tmp_path, {user: [(night, 0.5)] for user in users}, 13, keep=1)
+        ended.set()
+
+    write_night(tmp_path, {user: [(0, 0.5)] for user in users}, 13, keep=1)
+    thread = threading.Thread(target=publish)
+    thread.start()
+    while not ended.is_set():
+        lists = NightlyLists(tmp_path)
+        found = {item for user in users for item, _ in lists.of(str(user))}
+        assert len(found) == 1
+        seen |= found
+    thread.join()
+    assert seen
+
+
+def test_shards_that_are_the_same_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = lists_of(range(101), range(2, 43), 5)
+    write_night(tmp_path, wanted, 7)
+    lists, read = NightlyLists(tmp_path), []
+    monkeypatch.setattr(module, "_packed", lambda table, packed=module._packed: read.append(1) or packed(table))
+    assert lists.erase("5")
+    assert len(read) == 1
+    write_night(tmp_path, wanted | {5: [], 100: [(4711, 0.5)]}, 7)
+    assert lists.refresh()
+    assert len(read) == 2
+    assert {user: lists.of(str(user)) for user in wanted} == wanted | {5: [], 100: [(4711, 0.5)]}
+
+
+def test_an_erased_user_leaves_every_night_and_the_others_stay(folder: Path, dataset: Dataset) -> None:
+    wanted = all_lists(dataset)
+    second = write_night(folder, wanted | {"user 011": []})
+    lists, files = NightlyLists(folder), [second.lists(shard).stat().st_ino for shard in range(3)]
     assert lists.erase("user 007")
     assert not lists.erase("user 007")
     assert lists.of("user 007") == []
-    assert pl.read_parquet(file).equals(before.filter(pl.col("user_id") != "user 007"))
-    assert len(NightlyLists(file)) == 210
-    assert pl.read_parquet_metadata(file)["bundle"]
+    del wanted["user 007"]
+    nights = sorted((folder / "nights").iterdir())
+    assert told(nights[0]) == wanted
+    assert told(nights[1]) == told(folder) == {user: listed for user, listed in wanted.items() if user != "user 011"}
+    assert (folder / "live").resolve() == second.path == nights[1]
+    live = Night.open(folder, verify=True)
+    assert live.id != second.id
+    shard = shard_of("user 007", 3)
+    for counts, before in ((live.manifest, second.manifest), (live.manifest["parts"][shard], second.manifest["parts"][shard])):
+        assert (counts["users"], counts["rows"]) == (before["users"] - 1, before["rows"] - K)
+        assert (counts["underfilled"], counts["popular"]) == (before["underfilled"], before["popular"])
+    assert live.manifest["listed"] == second.manifest["listed"] - 1
+    for place in set(range(3)) - {shard}:
+        assert live.manifest["parts"][place] == second.manifest["parts"][place]
+        assert live.lists(place).stat().st_ino == files[place]
+    assert pl.read_parquet_metadata(live.lists(shard))["bundle"] == "made-up"
+    assert len(NightlyLists(folder)) == 209
+    assert lists.erase("user 011")  # who has no list, but a line
+    assert Night.open(folder).manifest["underfilled"] == second.manifest["underfilled"] - 1
     assert not lists.refresh()
+    assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".work.lock", "live", "nights"]
 
 
 def test_the_last_user_may_be_erased(tmp_path: Path) -> None:
-    lists = made(tmp_path / "lists.parquet", [5])
+    write_night(tmp_path, {5: [(2, 0.5)]})
+    lists = NightlyLists(tmp_path)
     assert lists.erase("5")
-    assert len(lists) == len(NightlyLists(tmp_path / "lists.parquet")) == 0
+    assert len(lists) == len(NightlyLists(tmp_path)) == 0
+
+
+def test_an_erasure_that_is_killed_leaves_the_old_night_or_the_new_and_the_next_call_cleans_up(tmp_path: Path) -> None:
+    """A child erases and is killed at one file operation after the other, until it gets through."""
+    wanted = lists_of(range(23), range(2, 43), 5)
+    less = {user: listed for user, listed in wanted.items() if user != 7}
+    name = write_night(tmp_path / "lists", wanted).path.name
+    folders = [shutil.copytree(tmp_path / "lists", tmp_path / str(last), symlinks=True) for last in range(STEPS)]
+    ends = multiprocessing.get_context("spawn").Queue()
+    child = multiprocessing.get_context("spawn").Process(target=erase_until_killed, args=(folders, "7", ends))
+    child.start()
+    codes = [ends.get(timeout=60) for _ in folders]
+    child.join()
+    assert codes == sorted(codes)
+    assert {codes[0], codes[-1]} == {-signal.SIGKILL, 0}
+    kept = []
+    for folder in folders:
+        left = told(folder)
+        kept.append(7 in left)
+        assert left in (wanted, less)
+        assert Nights(folder).erase("7") == (7 in left)
+        assert told(folder) == less
+        assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".work.lock", "live", "nights"]
+        assert [found.name for found in (folder / "nights").iterdir()] == [name]
+    assert (kept[0], kept[codes.index(0) - 1]) == (True, False)
+
+
+def test_a_user_who_is_erased_while_a_night_is_made_is_not_in_it(tmp_path: Path) -> None:
+    wanted = lists_of(range(101), range(2, 43), 5)
+    nights = Nights(tmp_path)
+    first = write_night(tmp_path, wanted, 7)
+    with nights.making():
+        shutil.copytree(first.path, nights.work)
+        (nights.work / "manifest.json").unlink()
+        for user in ("7", "11", "nobody"):
+            assert nights.erase(user) == (user != "nobody")
+        assert nights.unwanted() == {erased_digest(user) for user in ("7", "11", "nobody")}
+        said = {key: value for key, value in first.manifest.items() if key not in ("files", "hash", "id", "format")}
+        second = nights.publish(first.manifest["files"], said, 2)
+    left = {user: listed for user, listed in wanted.items() if user not in (7, 11)}
+    assert told(tmp_path) == left
+    assert (second.manifest["users"], sum(part["users"] for part in second.manifest["parts"])) == (99, 99)
+    assert (second.manifest["rows"], second.manifest["listed"]) == (5 * 99, 99)
+    assert nights.unwanted() == set()
+    assert {found.name for found in second.path.iterdir()} == {*first.manifest["files"], "manifest.json"}
+
+
+def test_a_night_that_nobody_is_making_is_deleted_when_somebody_is_erased(tmp_path: Path) -> None:
+    write_night(tmp_path, {5: [(2, 0.5)]})
+    (tmp_path / "work" / "histories").mkdir(parents=True)
+    (tmp_path / "work" / "histories" / "part").write_text("user 007")
+    assert not Nights(tmp_path).erase("user 007")
+    assert not (tmp_path / "work").exists()
+
+
+def test_one_is_erased_from_a_folder_without_reading_all_lists(tmp_path: Path) -> None:
+    write_night(tmp_path / "lists", {5: [(2, 0.5)], 7: [(3, 0.5)]})
+    assert erase_from(str(tmp_path / "lists"), "5")
+    assert not erase_from(str(tmp_path / "lists"), "5")
+    assert told(tmp_path / "lists") == {7: [(3, 0.5)]}
+    with pytest.raises(DataError, match="cannot be read as lists"):
+        erase_from(str(tmp_path / "none"), "5")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("place", ["postgresql://a:canary@localhost/b", "http://a:canary@localhost"])
+def test_a_place_of_another_kind_is_refused_without_its_password(place: str) -> None:
+    for act in (open_lists, partial(erase_from, user_id="u")):
+        with pytest.raises(SetupError, match="redis, rediss, valkey, valkeys") as refused:
+            act(place)
+        assert "canary" not in str(refused.value)
 
 
 def test_a_list_holds_what_may_be_recommended_and_is_known(recommender: Recommender) -> None:

@@ -273,6 +273,78 @@ def test_what_was_written_is_there_when_opened_again(url: str) -> None:
     again.close()
 
 
+# all users
+
+
+@every_store
+@pytest.mark.parametrize("at_once", [3, 1000])
+def test_all_users_are_named_with_what_is_read_of_them(
+    store: HistoryStore, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(stores, "WALKED", at_once)
+    assert (list(store.users()), store.count()) == ([], 0)
+    users = [*(f"user {number}" for number in range(97)), "юзер", "a b\n", "{curly}:*", "\0", "x" * 500, "é" * 250]
+    store.load((user, visits(*range(len(user) % 19 + 1))) for user in users)
+    store.erase("user 31")
+    users.remove("user 31")
+    assert (dict(store.users()), store.count()) == ({user: store.read(user) for user in users}, len(users))
+    fewer = HistoryStore(store._blobs, keep=2)
+    assert {user: events for user, events in fewer.users()} == {user: fewer.read(user) for user in users}
+    store._blobs.change(["ada"], lambda *_: b"\xc1 no list of events")
+    assert dict(store.users())["ada"] is None
+
+
+@every_store
+def test_who_stays_is_named_while_others_come_grow_and_go(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "WALKED", 5)
+    store, ended, errors = open_store(url), threading.Event(), []
+    stay = {f"stays {number}" for number in range(97)}
+    store.load((user, visits(1)) for user in stay)
+
+    def work() -> None:
+        try:
+            for step in range(10**6):
+                if ended.is_set():
+                    return
+                store.append(f"new {step}", visits(*range(17)))
+                store.append(f"stays {step % 97}", visits(step))
+                store.erase(f"new {step - 3}")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(7):
+        found = dict(store.users())
+        assert stay <= found.keys()
+        assert all(user[:4] in ("stay", "new ") and events for user, events in found.items())
+    ended.set()
+    thread.join()
+    assert errors == []
+    store.close()
+
+
+@file_stores
+def test_histories_of_an_earlier_version_are_read_and_named_when_they_are_written_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(url)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            stores, "_framed", lambda _, digest, blob, front=0: bytes(front) + digest + len(blob).to_bytes(4) + blob
+        )
+        for length in range(1, 97):
+            store.append(f"user {length}", visits(*range(length), user="x"))
+    store.append("user 7", visits(1000))
+    for length in range(1, 97):
+        assert store.read(f"user {length}")[:length] == visits(*range(length), user="x")
+    assert sorted(user for user, _ in store.users()) == [""] * 95 + ["user 7"]
+    assert sorted(len(events or []) for _, events in store.users()) == sorted([8, *range(1, 7), *range(8, 97)])
+    assert store.count() == 96
+    assert store.erase("user 9")
+    store.close()
+
+
 # erasing
 
 

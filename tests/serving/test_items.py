@@ -28,8 +28,8 @@ from serving.explain import explain
 from serving.export import export
 from serving.index import INDEX, INDEXES, IndexSettings
 from serving.items import add, remove, update
-from serving.nightly import nightly
 from tests.serving.conftest import GOODS, KINDS, goods, stocked, write_run
+from tests.serving.nights import lists_of, score_all
 from tests.serving.online import asked
 
 ROOT = Path(__file__).parents[2]
@@ -448,8 +448,8 @@ def test_lists_of_histories_with_an_added_item_agree_at_night_offline_and_over_h
     pl.DataFrame(events, ["user_id", "item_id", "timestamp"], orient="row").write_parquet(tmp_path / "events.parquet")
     build(tmp_path, Recipe("grown", {}), tmp_path / "grown")
     grown = Dataset.open(tmp_path / "grown")
-    nightly(recommender, grown, tmp_path / "lists.parquet", k=K)
-    night = pl.read_parquet(tmp_path / "lists.parquet").group_by("user_id", maintain_order=True).agg("item_id", "score")
+    score_all(recommender, grown, tmp_path / "lists", k=K)
+    night = lists_of(tmp_path / "lists").group_by("user_id", maintain_order=True).agg("item_id", "score")
     report = evaluate(recommender, grown, ks=(K,), baselines=False)
     assert report.user_ids.to_list() == night["user_id"].to_list() == list(range(len(histories)))
     with asked(any_bundle) as client:

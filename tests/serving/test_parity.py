@@ -16,10 +16,15 @@ from recsys.ranker import RankerSettings
 from serving.engine import Recommender
 from serving.evaluate import evaluate
 from serving.export import export
-from serving.history import import_dataset
+from serving.history import KEEP, import_dataset
 from serving.index import IndexSettings
+from serving.intake import store_source
 from serving.nightly import nightly
+from serving.nights import Nights
+from serving.shards import Terms
+from serving.workers import Processes
 from tests.serving.conftest import write_run
+from tests.serving.nights import lists_of, score_all
 from tests.serving.online import client_of, made
 
 USERS, ITEMS, K = 1009, 499, 23
@@ -64,13 +69,16 @@ def test_the_api_the_nightly_lists_and_the_judged_lists_name_the_same_items_for_
     )
     recommender, asks = Recommender.load(tmp_path / "bundle"), KINDS[kind].get("request_time", False)
     now = 10**10 if asks else None
-    nightly(recommender, crowd, tmp_path / "lists.parquet", k=K, now=now)
-    at_night = of_users(pl.read_parquet(tmp_path / "lists.parquet"))
+    score_all(recommender, crowd, tmp_path / "lists", K, now, engine=Processes(tmp_path / "bundle", 2))
+    at_night = of_users(lists_of(tmp_path / "lists"))
     judged = of_users(evaluate(recommender, crowd, ks=(K,), baselines=False).frame())
     events = crowd.events.sort("user_id", "timestamp", maintain_order=True).collect().partition_by("user_id", as_dict=True)
     assert len(at_night) == USERS and len(judged) == USERS
-    with client_of(made(tmp_path / "bundle", deadline_ms=60_000)) as client:
+    with client_of(made(tmp_path / "bundle", deadline_ms=60_000, store=f"sqlite:{tmp_path / 'histories'}")) as client:
         import_dataset(client.app.service.store, crowd, lambda done, of: None)  # type: ignore[attr-defined]
+        source = store_source(f"sqlite:{tmp_path / 'histories'}", KEEP)
+        nightly(recommender, source, Nights(tmp_path / "of the store"), Terms(k=K, now=now or 0))
+        assert of_users(lists_of(tmp_path / "of the store")) == at_night
         for (user,), own in events.items():
             asked = {"user_id": user, "k": K} | ({"now": now} if asks else {})
             assert answered(client.post("/v1/recommend", json=asked).json()) == at_night[user]

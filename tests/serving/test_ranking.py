@@ -29,7 +29,6 @@ from serving.evaluate import Report, evaluate
 from serving.export import calibrated, export
 from serving.index import IndexSettings
 from serving.lists import Lists
-from serving.nightly import nightly
 from serving.ranking import CANDIDATES, STEP, ServingSettings, chosen_blocks, listed
 from serving.ranking import candidates as named
 from tests.serving.conftest import LISTED, RANKERS, write_run
@@ -614,14 +613,14 @@ def test_a_report_names_each_stage_of_the_served_path(
 
 
 @pytest.mark.parametrize("serving", [{}, {"diversity": 0.6, "popularity": 0.3}], ids=str)
-def test_the_nightly_file_and_the_report_hold_the_lists_that_are_answered(
+def test_the_nightly_lists_and_the_report_hold_the_lists_that_are_answered(
     serving: dict[str, float], ranked_bundles: dict[str, Path], dataset: Dataset, tmp_path: Path
 ) -> None:
     recommender, s = with_serving(ranked_bundles["companions"], **serving), dataset.sequences
-    summary = nightly(recommender, dataset, tmp_path / "lists.parquet", k=K)
-    file = pl.read_parquet(tmp_path / "lists.parquet")
+    night = score_all(recommender, dataset, tmp_path, k=K)
+    file = lists_of(tmp_path)
     assert file.columns == ["user_id", "item_id", "rank", "score"]
-    assert summary["underfilled"] == 0
+    assert night.manifest["underfilled"] == 0
     report = evaluate(recommender, dataset, ks=(K,), baselines=False)
     _, ends, _ = s.windows("test")
     judged = {user: place for place, user in enumerate(report.user_ids.to_list())}

@@ -1,0 +1,128 @@
+"""The nightly verb: where histories come from, what computes, where lists go, and the MLflow run of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from features.schema import DataSettings
+from recsys.config import Recipe, Settings
+from recsys.errors import GuardError, SetupError
+from recsys.tracking import Tracking
+from serving.admission import OnlineSettings
+from serving.delivery import deliver
+from serving.engine import Recommender
+from serving.guards import GuardSettings
+from serving.intake import Source, dataset_source, events_source, store_source
+from serving.nightly import NightlySettings, nightly
+from serving.nights import Night, Nights
+from serving.shards import Terms
+from serving.workers import Engine, Here, Processes
+
+USERS = 8192
+"""Users for which another process is worth its start of some seconds."""
+OWNERS: tuple[type[Settings], ...] = (NightlySettings, GuardSettings, DataSettings, OnlineSettings)
+"""Sections of the recipe that the verb reads."""
+
+Merge = Callable[..., Recipe]
+"""Merges sections with the command's settings, which may be of given owners alone."""
+
+
+def run(
+    bundle: Path,
+    out: Path,
+    given: tuple[str, str],
+    terms: Mapping[str, Any],
+    where: Sequence[str],
+    merge: Merge,
+    *,
+    full: bool,
+    force: bool,
+    to: Sequence[str],
+    workers: int,
+    ray: str,
+    device: str,
+    track: bool,
+    progress: Callable[[str, int, int], None],
+    warn: Callable[[str], None],
+) -> Night:
+    """Make the night of the histories `given` as (dataset, store or events; its place), deliver it and record it."""
+    recommender = Recommender.load(bundle, device=device, threads=1 if device == "cpu" else None)
+    recipe = merge(recommender.manifest["recipe"], *OWNERS)
+    conditions = recommender.catalogue.attributes.read(where) if where else {}
+    nights, source = Nights(out), _source(*given, recipe)
+    with _recorded(recommender, out.name, recipe, track, warn) as record:
+        try:
+            night = nightly(
+                recommender,
+                source,
+                nights,
+                Terms(**terms, where=conditions),
+                settings=recipe.read(NightlySettings),
+                guards=recipe.read(GuardSettings),
+                engine=_engine(recommender, source, workers, ray, device),
+                full=full,
+                force=force,
+                progress=progress,
+                tell=warn,
+            )
+        except GuardError:
+            record(nights.refused())
+            raise
+        record(night.manifest)
+        for url in to:
+            deliver(night, url, lambda done, of: progress("deliver", done, of))
+    return night
+
+
+def _source(kind: str, place: str, recipe: Recipe) -> Source:
+    if kind == "dataset":
+        return dataset_source(Path(place))
+    if kind == "store":
+        return store_source(place, recipe.read(OnlineSettings).keep)
+    return events_source(place, recipe.read(DataSettings))
+
+
+def _engine(recommender: Recommender, source: Source, workers: int, ray: str, device: str) -> Engine:
+    if ray:
+        from serving.cluster import Cluster
+
+        return Cluster(recommender.path, ray)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = workers or min(cores, -(-source.users // USERS))
+    return Here(recommender) if device != "cpu" or wanted == 1 else Processes(recommender.path, wanted)
+
+
+@contextmanager
+def _recorded(
+    recommender: Recommender, name: str, recipe: Recipe, track: bool, warn: Callable[[str], None]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A run of MLflow around the night, where it can be; what fails there is told, and does not stop the night."""
+    tracking = Tracking.of(recommender.manifest).sibling() if track else None
+    if tracking is None or not tracking.on:
+        yield lambda manifest: None
+        return
+    run = tracking.run(f"nightly {name}")
+    try:
+        run.__enter__()
+    except SetupError as error:
+        warn(f"the night is not recorded: {error}")
+        yield lambda manifest: None
+        return
+
+    def record(manifest: Mapping[str, Any]) -> None:
+        try:
+            tracking.settings_of({owner.section: vars(recipe.read(owner)) for owner in OWNERS[:2]})
+            tracking.night(manifest)
+        except Exception as error:  # of whatever kind: the lists are worth more than their record
+            warn(f"the night is not recorded: {error}")
+
+    try:
+        yield record
+    except BaseException as error:
+        run.__exit__(type(error), error, error.__traceback__)
+        raise
+    run.__exit__(None, None, None)

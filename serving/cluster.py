@@ -1,0 +1,204 @@
+"""Where the shards of a night are computed: on a Ray cluster, by Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import platform
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recsys.bundle import sha256
+from recsys.errors import BundleError, RecsysError, SetupError
+from serving.engine import Recommender
+from serving.nightly import PLAN
+from serving.shards import Facts, Task, pipeline
+from serving.workers import ONE_THREAD, TRIES
+
+LOCAL = "local"
+"""The address of a cluster that is this machine, and is started and stopped here."""
+SECONDS = 5
+"""Within which a cluster lets itself be reached."""
+TRIED = "tried"
+"""Folder, in that of the night, of a file a shard, with a byte for each worker that began it."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What keeps Ray from the network and from the terminal, where it is not set already."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The CPUs of a Ray cluster, each with one thread and the bundle; what a dead worker was at, another begins anew.
+
+    All nodes have this version of this package, and see the folder of nights and the bundle under the same path.
+    """
+
+    bundle: Path
+    address: str
+    """HOST:PORT, or `auto`, of the cluster that this machine is a node of; or LOCAL."""
+
+    @property
+    def name(self) -> str:
+        return f"Ray ({self.address})"
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Facts]:
+        """Raises SetupError: no Ray, or no cluster there. RecsysError: a node sees other files, or workers die of a shard."""
+        if not tasks:
+            return
+        with _connected(self.address) as ray:
+            _fresh(tasks[0].work / TRIED)
+            about = (self.bundle, tasks[0].bundle, sha256(tasks[0].work / PLAN))
+            cpus = int(ray.cluster_resources().get("CPU", 0))
+            pool = ray.data.ActorPoolStrategy(size=max(1, min(cpus, len(tasks))), max_tasks_in_flight_per_actor=1)
+            given = ray.data.from_items([{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+            made = given.map(_Maker, fn_constructor_args=about, compute=pool, num_cpus=1)
+            try:
+                with closing(iter(made.iter_rows())) as rows:
+                    for row in rows:
+                        told = pickle.loads(row["told"])
+                        if isinstance(told, RecsysError):
+                            raise told
+                        yield told
+            except ray.exceptions.RayTaskError:  # a mistake of ours, with where it was made
+                raise
+            except ray.exceptions.RayError as error:
+                raise RecsysError(
+                    f"{self.name}: its workers are lost ({_line(error)}); "
+                    "see that all nodes have this package, and start again: what is done is kept"
+                ) from None
+
+
+class _Maker:
+    """A worker of the cluster: makes one shard after the other."""
+
+    def __init__(self, bundle: Path, bundle_id: str, plan: str) -> None:
+        self._bundle, self._bundle_id, self._plan = bundle, bundle_id, plan
+
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        """The facts of a task, or what the user can mend."""
+        told: Facts | RecsysError
+        try:
+            task: Task = pickle.loads(row["task"])
+            self._check(task.work)
+            _count(task)
+            (told,) = pipeline(self._recommender, [task])
+        except RecsysError as error:
+            told = error
+        return {"told": pickle.dumps(told)}
+
+    @cached_property
+    def _recommender(self) -> Recommender:
+        try:
+            recommender = Recommender.load(self._bundle, verify=False, threads=1)
+            if recommender.id == self._bundle_id:
+                return recommender
+            found = f"it is {recommender.id}"
+        except BundleError as error:
+            found = str(error).partition(";")[0]
+        raise BundleError(
+            f"{self._bundle}: node {platform.node()} of the Ray cluster does not find bundle {self._bundle_id} there "
+            f"({found}); put it where all nodes see it"
+        )
+
+    def _check(self, work: Path) -> None:
+        """Raises RecsysError: the folder is not the one of this night, since it lies elsewhere, or another night has begun."""
+        try:
+            if sha256(work / PLAN) == self._plan:
+                return
+            found = "it is of another night"
+        except OSError as error:
+            found = str(error.strerror)
+        raise RecsysError(
+            f"{work}: node {platform.node()} of the Ray cluster does not find this night there ({found}); "
+            "give --out a folder that all nodes see"
+        )
+
+
+def _fresh(folder: Path) -> None:
+    """Make a folder empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _count(task: Task) -> None:
+    """Raises RecsysError: workers died of this shard; Ray Data would begin it without end."""
+    with (task.work / TRIED / str(task.shard)).open("ab") as file:
+        file.write(b".")
+        if file.tell() > TRIES:
+            raise RecsysError(
+                f"shard {task.shard}: {TRIES} workers of the Ray cluster died of it; "
+                "see whether memory runs out, and start again: what is done is kept"
+            )
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray with a cluster, which is stopped afterwards if it is LOCAL."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise SetupError("Ray is not installed; run: pip install 'attention-recommender[ray]'") from None
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the terminal; what goes into Ray's own files stays
+            handler.setLevel(logging.CRITICAL)
+    try:
+        _reach(address)
+        with _silent():
+            ray.init(
+                address,
+                include_dashboard=False if address == LOCAL else None,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                runtime_env={"env_vars": dict.fromkeys(ONE_THREAD, "1")},
+            )
+    except Exception as error:  # Ray has no class of its own for it
+        raise SetupError(
+            f"{address}: no Ray cluster can be used there ({_line(error)}); "
+            f"start one, and this on one of its nodes, or give {LOCAL!r}"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Meanwhile nothing of this process, also not of its libraries in other languages, reaches the terminal."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError, ValueError: nobody listens there; Ray itself would try for a minute."""
+    if "://" in address:
+        raise ValueError("Ray Data is not for clients of Ray")
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), SECONDS).close()
+
+
+def _line(error: Exception) -> str:
+    """The last of what an error says, where its cause stands."""
+    return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")

@@ -1,0 +1,319 @@
+"""Nightly lists in Redis or Valkey: a night's keys, the one that says which night is live, and who was erased.
+
+recsys:lists:live              name of the live night: its manifest's id
+recsys:lists:before            that of the night that was live before it, whose keys stay for who is reading them
+recsys:lists:nights            hash: night → the delivery that writes or wrote it
+recsys:lists:erased            sorted set: digest of an erased user → second since 1970
+recsys:lists:night:NIGHT:USER  msgpack of [item ids, best first; their scores as float32, little-endian, one behind the other]
+
+A key is written in a transaction with a look at `nights` and `erased`, so that no delivery writes keys that another one has
+swept, and none brings back a user who was erased after its histories began to be read. Every key expires.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import msgspec
+import numpy as np
+
+from recsys.errors import SetupError, StoreError
+from serving.admission import Breaker, Clock
+from serving.nights import Night, erased_digest
+from serving.stores import hidden
+from serving.telemetry import LOG, about
+
+if TYPE_CHECKING:
+    import polars as pl
+
+KINDS = ("redis", "rediss", "valkey", "valkeys")
+"""How URLs begin."""
+TTL = 3 * 24 * 3600
+"""Seconds after which a key expires, unless the URL says otherwise: three nights without a delivery."""
+READ_SECONDS, WRITE_SECONDS = 0.5, 30.0
+"""That the server may take to connect and to answer, unless the URL says otherwise."""
+REST = 1.0
+"""Seconds that a server is left alone after it did not answer."""
+USERS = 500
+"""Users whose lists are written at once."""
+KEYS = 1000
+"""Keys that are looked through, and deleted, at once."""
+SKEW = 60.0
+"""Seconds by which the clocks of two machines may differ."""
+COMMAND = r"^Command # \d+ \(.*\) of pipeline caused error: "
+"""Stands before what the server says, and names the user."""
+TRIES = 100
+"""How often a transaction begins anew because another came between."""
+
+ROOT = "recsys:lists"
+LIVE, BEFORE, NIGHTS, ERASED = f"{ROOT}:live", f"{ROOT}:before", f"{ROOT}:nights", f"{ROOT}:erased"
+PREFIX = f"{ROOT}:night:"
+
+Pair = tuple[int | str, float]
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[list[int | str], bytes]).decode
+
+
+def packed(item_ids: Sequence[int | str], scores: bytes) -> bytes:
+    """A list as a key holds it; scores are float32, little-endian."""
+    return _encode((item_ids, scores))
+
+
+def unpacked(blob: bytes) -> list[Pair]:
+    """Item ids and scores of a key. Raises ValueError: it is no list."""
+    item_ids, scores = _decode(blob)
+    return list(zip(item_ids, np.frombuffer(scores, "<f4").tolist(), strict=True))
+
+
+def key_of(night: str, user_id: str) -> str:
+    """The key of a user's list."""
+    return f"{PREFIX}{night}:{user_id}"
+
+
+def parameter(url: str, name: str, default: str) -> tuple[str, str]:
+    """A URL without one of its query's parameters, and the parameter."""
+    parts = urlsplit(url)
+    given = parse_qsl(parts.query, keep_blank_values=True)
+    value = dict(given).get(name, default)
+    query = urlencode([pair for pair in given if pair[0] != name])
+    return urlunsplit(parts._replace(query=query)), value
+
+
+class Keys:
+    """A connection to the server; safe to share between threads."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        """Raises SetupError: no redis package, or a URL that cannot be."""
+        self.url = hidden(url)
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            found = f"redis does not load ({error})"
+            raise SetupError(f"{self.url}: {found}; pip install attention-recommender[redis]") from None
+        self._redis = redis
+        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
+        try:
+            plain, ttl = parameter(re.sub("^valkey", "redis", url), "ttl", str(TTL))
+        except ValueError:
+            raise SetupError(f"{self.url}: is no URL; give redis://HOST:PORT/NUMBER") from None
+        if not (ttl.isdecimal() and int(ttl)):
+            raise SetupError(f"{self.url}: ttl is {ttl!r}; give whole seconds, at least 1")
+        self.ttl = int(ttl)
+        try:
+            self.client: Any = redis.Redis.from_url(plain, socket_timeout=seconds, socket_connect_timeout=seconds, retry=again)
+        except ValueError as error:
+            raise SetupError(f"{self.url}: {error}; give redis://HOST:PORT/NUMBER") from None
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What the server says against it, as StoreError."""
+        try:
+            yield
+        except self._redis.RedisError as error:
+            said = " ".join(re.sub(COMMAND, "", str(error), flags=re.DOTALL).split()) or type(error).__name__
+            raise StoreError(f"{self.url}: {said}; see that the server runs, has memory and lets this user in") from None
+
+    def changed(self, watched: Sequence[str], change: Callable[[Any], None]) -> None:
+        """Do what `change` queues behind its looks, unless a watched key changes in between: then all of it anew."""
+        with self.errors(), self.client.pipeline() as pipeline:
+            for _ in range(TRIES):
+                try:
+                    pipeline.watch(*watched)
+                    change(pipeline)
+                    pipeline.execute()
+                    return
+                except self._redis.WatchError:
+                    pipeline.reset()
+        raise StoreError(f"{self.url}: others changed the lists first, {TRIES} times; try again")
+
+
+def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Callable[[int], None]) -> dict[str, int]:
+    """Write a night's lists, make it the live one, and delete the keys of those that are neither live nor were before.
+
+    A delivery that is killed leaves the lists that were live; the next one deletes what it wrote. `progress` hears of users
+    done. Returns users and rows; without lists of users who were erased since the histories began to be read.
+    Raises SetupError: as Keys. StoreError: the server, or another delivery that ended first.
+    """
+    keys = Keys(url, WRITE_SECONDS)
+    token, ttl = uuid.uuid4().hex, keys.ttl
+    begun = datetime.fromisoformat(night.manifest["clock"]["begun"]).timestamp() - SKEW
+    counts = {"users": 0, "rows": 0}
+    try:
+        with keys.errors(), keys.client.pipeline() as pipeline:
+            pipeline.hset(NIGHTS, night.id, token)
+            pipeline.expire(NIGHTS, ttl)
+            pipeline.execute()
+
+        def mine(pipeline: Any) -> None:
+            if pipeline.hget(NIGHTS, night.id) != token.encode():
+                raise StoreError(
+                    f"{keys.url}: another delivery ended before this one; deliver again if these are the newer lists"
+                )
+
+        for frame in frames:
+            lists = _lists(frame)
+            while part := dict(islice(lists, USERS)):
+
+                def put(pipeline: Any, part: dict[str, tuple[bytes, int]] = part) -> None:
+                    mine(pipeline)
+                    for user_id in _erased(pipeline, list(part), begun):
+                        part.pop(user_id)
+                    pipeline.multi()
+                    for user_id, (blob, _) in part.items():
+                        pipeline.set(key_of(night.id, user_id), blob, ex=ttl)
+
+                keys.changed((NIGHTS, ERASED), put)
+                counts["users"] += len(part)
+                counts["rows"] += sum(places for _, places in part.values())
+                progress(counts["users"])
+
+        def turn(pipeline: Any) -> None:
+            mine(pipeline)
+            live = pipeline.get(LIVE)
+            pipeline.multi()
+            pipeline.set(LIVE, night.id, ex=ttl)
+            pipeline.expire(NIGHTS, ttl)
+            if live not in (None, night.id.encode()):
+                pipeline.set(BEFORE, live, ex=ttl)
+
+        keys.changed((NIGHTS, LIVE), turn)
+        _sweep(keys)
+    finally:
+        keys.client.close()
+    return counts
+
+
+def _erased(pipeline: Any, user_ids: Sequence[str], begun: float) -> list[str]:
+    """Those who were erased since then."""
+    if not pipeline.zcount(ERASED, begun, "+inf"):
+        return []
+    moments = pipeline.zmscore(ERASED, [erased_digest(user_id) for user_id in user_ids])
+    return [user_id for user_id, moment in zip(user_ids, moments, strict=True) if moment is not None and moment >= begun]
+
+
+def _lists(frame: pl.DataFrame) -> Iterator[tuple[str, tuple[bytes, int]]]:
+    """Each user of a frame of whole lists, with the list as a key holds it and its places."""
+    import polars as pl
+
+    runs = frame["user_id"].cast(pl.String).rle().struct.unnest()
+    items, scores = frame["item_id"].to_list(), frame["score"].to_numpy().astype("<f4").tobytes()
+    start = 0
+    for user_id, places in zip(runs["value"].to_list(), runs["len"].to_list(), strict=True):
+        end = start + places
+        yield user_id, (packed(items[start:end], scores[4 * start : 4 * end]), places)
+        start = end
+
+
+def _sweep(keys: Keys) -> None:
+    """Forget all nights but the live one and the one before, and delete the keys of those that are forgotten."""
+
+    def forget(pipeline: Any) -> None:
+        kept = pipeline.mget(LIVE, BEFORE)
+        old = [night for night in pipeline.hkeys(NIGHTS) if night not in kept]
+        pipeline.multi()
+        if old:
+            pipeline.hdel(NIGHTS, *old)
+
+    keys.changed((LIVE, NIGHTS), forget)
+    cursor = 0
+    while True:
+        with keys.errors():
+            cursor, found = keys.client.scan(cursor, match=f"{PREFIX}*", count=KEYS)
+
+        def unlink(pipeline: Any, found: list[bytes] = found) -> None:
+            known = set(pipeline.hkeys(NIGHTS))
+            gone = [key for key in found if key[len(PREFIX) :].partition(b":")[0] not in known]
+            pipeline.multi()
+            if gone:
+                pipeline.unlink(*gone)
+
+        if found:
+            keys.changed((NIGHTS,), unlink)
+        if not cursor:
+            return
+
+
+class RedisLists:
+    """The lists of the night that was delivered last; safe to share between threads.
+
+    While the server does not answer there are none, and only now and then somebody asks.
+    """
+
+    remote = True
+
+    def __init__(self, url: str, clock: Clock = time.monotonic) -> None:
+        """Raises SetupError: no redis package, or a URL that cannot be."""
+        self._keys = Keys(url, READ_SECONDS)
+        self.url = self._keys.url
+        self._breaker = Breaker(REST, clock)
+        self._night = ""
+        self._change = threading.Lock()
+
+    def of(self, user_id: str) -> list[Pair]:
+        """Item ids and scores of a user's list, best first; empty where there is none, or the server does not answer."""
+        if not self._breaker.ask():
+            return []
+        try:
+            blob = self._read(user_id)
+            self._breaker.mend()
+            return [] if blob is None else unpacked(blob)
+        except (StoreError, ValueError, msgspec.DecodeError) as error:
+            if self._breaker.whole:
+                detail = str(error) if isinstance(error, StoreError) else f"{self.url}: a user's list is unreadable"
+                LOG.warning("lists", extra=about(detail=detail))
+            if isinstance(error, StoreError):
+                self._breaker.fail()
+            return []
+
+    def refresh(self) -> bool:
+        """Look which night is live; whether it is another than before. Raises StoreError: the server does not answer."""
+        before = self._night
+        with self._keys.errors():
+            self._follow(self._keys.client.get(LIVE))
+        self._breaker.mend()
+        return self._night != before
+
+    def erase(self, user_id: str) -> bool:
+        """Delete a user's lists of all nights, and let no delivery that is under way write one; whether there was one.
+
+        Raises StoreError: the server does not answer.
+        """
+        now, client = time.time(), self._keys.client
+        with self._keys.errors():
+            with client.pipeline() as pipeline:
+                pipeline.zadd(ERASED, {erased_digest(user_id): now})
+                pipeline.zremrangebyscore(ERASED, "-inf", now - self._keys.ttl)
+                pipeline.expire(ERASED, self._keys.ttl)
+                pipeline.hkeys(NIGHTS)
+                nights = pipeline.execute()[-1]
+            return bool(nights) and bool(client.delete(*(key_of(night.decode(), user_id) for night in nights)))
+
+    def close(self) -> None:
+        self._keys.client.close()
+
+    def _read(self, user_id: str) -> bytes | None:
+        """The blob of the live night: it is read with the name of the night, which may be another than it was."""
+        with self._keys.errors():
+            for _ in range(TRIES):
+                night = self._night
+                live, blob = self._keys.client.mget(LIVE, key_of(night, user_id))
+                self._follow(live)
+                if self._night == night:
+                    found: bytes | None = blob if night else None
+                    return found
+        raise StoreError(f"{self.url}: another night went live {TRIES} times; ask again")
+
+    def _follow(self, live: bytes | None) -> None:
+        self._night = "" if live is None else live.decode()
