@@ -558,6 +558,33 @@ def nightly(
 
 
 @app.command()
+def deliver(
+    lists: Annotated[Path, typer.Argument(metavar="LISTS", help="Folder of nights; its live one is delivered.")],
+    to: Annotated[
+        list[str],
+        typer.Option(metavar="URL", help="redis://HOST:PORT?ttl=SECONDS or postgresql://HOST/DB?table=NAME; repeatable."),
+    ],
+    json: AsJson = False,
+) -> None:
+    """Load the live night's lists into Redis or PostgreSQL, where readers see the old ones or the new ones, never both.
+
+    Example: recsys deliver lists --to redis://localhost:6379
+    """
+    from recsys.terminal import bar
+    from serving.delivery import deliver as load
+    from serving.nights import Night
+
+    night = Night.open(lists, verify=True)
+    for url in to:
+        with bar("users") as progress:
+            counts = load(night, url, partial(progress, "deliver"))
+        if json:
+            typer.echo(json_module.dumps({"night": night.id, **counts}))
+        else:
+            typer.echo(f"night {night.id}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
+
+
+@app.command()
 def serve(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Directory of a bundle, or models:/NAME@ALIAS of MLflow.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

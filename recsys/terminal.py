@@ -33,7 +33,7 @@ def steps(verb: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def bar(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Tell (what is done, done, of how many): a bar for each kind of work, or a line at every tenth: how fast, and how long yet."""
+    """Tell (what is done, done, of how many): a bar for each kind of work, or lines with speed and time left at every tenth."""
     if not interactive():
         told: dict[str, tuple[int, float, int]] = {}
 

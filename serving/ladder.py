@@ -96,7 +96,7 @@ class Ladder:
             lower = partial(self._lower, view, question, arm, call, past, why)
             if self.lists is None or question.user_id is None:
                 return lower([])
-            return lower(self.lists.of(str(question.user_id)))
+            return lower if self.lists.remote else lower(self.lists.of(str(question.user_id)))
         answer["source"] = "popularity" if answer["source"] == "popularity" else name
         if len(answer["items"]) < question.k:
             self.metrics.underfilled.inc()

@@ -33,6 +33,12 @@ PLACES = 2**20
 LEAST = 8
 """Shards of the smallest night, so that several processes have work."""
 
+UNHEARD = {
+    "unnamed": "have no list: the store was written by an earlier version, which kept no ids; import their histories again",
+    "unreadable": "have the most popular items, since their history is unreadable; erase it, or restore a copy",
+}
+"""What becomes of users of whom a store does not tell all, and what to do."""
+
 Progress = Callable[[str, int, int], None]
 """Hears what is done (read, nightly), and how many of how many users."""
 
@@ -180,6 +186,9 @@ def _plan(
     events = source.deal(
         nights.work / HISTORIES, shards, now if asked.until else None, lambda done, of: progress("read", done, of)
     )
+    for reason, remedy in UNHEARD.items():
+        if events.get(reason):
+            tell(f"{events[reason]:,} users {remedy}")
     plan = replace(plan, events=events, last=taken, why=why)
     write_file(nights.work / PLAN, (json.dumps(asdict(plan), indent=1) + "\n").encode())
     return plan

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -32,6 +31,7 @@ from serving.lists import Lists
 from serving.ranking import CANDIDATES, STEP, ServingSettings, chosen_blocks, listed
 from serving.ranking import candidates as named
 from tests.serving.conftest import LISTED, RANKERS, write_run
+from tests.serving.nights import lists_of, score_all
 from tests.serving.online import asked
 
 K = 11
