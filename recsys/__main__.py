@@ -502,7 +502,10 @@ def nightly(
         typer.Option(metavar="URL", help="Deliver the lists to redis://HOST:PORT or postgresql://…/DB?table=NAME; repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes; 0: as many as cores, or fewer for few users.", min=0)] = 0,
-    ray: Annotated[str, typer.Option(metavar="ADDRESS", help="Compute on a Ray cluster; `local` starts one here.")] = "",
+    ray: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Compute on the Ray cluster of this node: auto or HOST:PORT; `local` starts one."),
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda (one process), or auto: the GPU where there is one.")] = "cpu",
     track: Annotated[bool, typer.Option(help="Record the night as an MLflow run.")] = True,
     json: AsJson = False,

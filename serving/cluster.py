@@ -15,11 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recsys.bundle import sha256
 from recsys.errors import BundleError, RecsysError, SetupError
 from serving.engine import Recommender
-from serving.nightly import PLAN
-from serving.shards import Facts, Task, pipeline
+from serving.shards import Facts, Task, pipeline, planned
 from serving.workers import ONE_THREAD, TRIES
 
 LOCAL = "local"
@@ -58,7 +56,7 @@ class Cluster:
             return
         with _connected(self.address) as ray:
             _fresh(tasks[0].work / TRIED)
-            about = (self.bundle, tasks[0].bundle, sha256(tasks[0].work / PLAN))
+            about = (self.bundle.absolute(), tasks[0].bundle)
             cpus = int(ray.cluster_resources().get("CPU", 0))
             pool = ray.data.ActorPoolStrategy(size=max(1, min(cpus, len(tasks))), max_tasks_in_flight_per_actor=1)
             given = ray.data.from_items([{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
@@ -82,15 +80,15 @@ class Cluster:
 class _Maker:
     """A worker of the cluster: makes one shard after the other."""
 
-    def __init__(self, bundle: Path, bundle_id: str, plan: str) -> None:
-        self._bundle, self._bundle_id, self._plan = bundle, bundle_id, plan
+    def __init__(self, bundle: Path, bundle_id: str) -> None:
+        self._bundle, self._bundle_id = bundle, bundle_id
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
         """The facts of a task, or what the user can mend."""
         told: Facts | RecsysError
         try:
             task: Task = pickle.loads(row["task"])
-            self._check(task.work)
+            _check(task)
             _count(task)
             (told,) = pipeline(self._recommender, [task])
         except RecsysError as error:
@@ -111,16 +109,12 @@ class _Maker:
             f"({found}); put it where all nodes see it"
         )
 
-    def _check(self, work: Path) -> None:
-        """Raises RecsysError: the folder is not the one of this night, since it lies elsewhere, or another night has begun."""
-        try:
-            if sha256(work / PLAN) == self._plan:
-                return
-            found = "it is of another night"
-        except OSError as error:
-            found = str(error.strerror)
+
+def _check(task: Task) -> None:
+    """Raises RecsysError: the folder is not the one of this night, since it lies elsewhere, or another night has begun."""
+    if not planned(task):
         raise RecsysError(
-            f"{work}: node {platform.node()} of the Ray cluster does not find this night there ({found}); "
+            f"{task.work}: node {platform.node()} of the Ray cluster does not find this night there; "
             "give --out a folder that all nodes see"
         )
 

@@ -15,17 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from recsys import __version__
-from recsys.bundle import write_file
+from recsys.bundle import sha256, write_file
 from recsys.config import Settings
 from recsys.errors import DataError, GuardError, RequestError
 from serving.engine import Recommender
 from serving.guards import GuardSettings, judge
 from serving.intake import Source
-from serving.nights import REFUSED, Night, Nights
+from serving.nights import PLAN, REFUSED, Night, Nights
 from serving.shards import HISTORIES, Facts, Task, Terms, found
 from serving.workers import Engine, Here
 
-PLAN = "plan.json"
 HEAD = 100
 """One in so many items, the most popular ones, are the head."""
 PLACES = 2**20
@@ -242,7 +241,10 @@ class _Making:
     def computed(self) -> list[Facts]:
         """The facts of every shard; those that are not there yet are computed."""
         last = None if self.plan.last is None else self.nights.night(self.plan.last)
-        tasks = [Task(self.nights.work, shard, self.plan.bundle, self.plan.terms, last) for shard in range(self.plan.shards)]
+        digest = sha256(self.nights.work / PLAN)
+        tasks = [
+            Task(self.nights.work, shard, self.plan.bundle, self.plan.terms, digest, last) for shard in range(self.plan.shards)
+        ]
         facts: dict[int, Facts] = {}
         for task in tasks:
             if (fact := found(self.recommender.catalogue, task)) is not None:

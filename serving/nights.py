@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 LIVE, NIGHTS, WORK = "live", "nights", "work"
+PLAN = "plan.json"
+"""In the folder of a night in the making: what it is to be."""
 REFUSED = "refused.json"
 """In the folder of a night that its guards kept from going live: its manifest."""
 ERASING, ERASED = "erasing", "erased"

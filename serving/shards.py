@@ -6,10 +6,10 @@ U users of a shard
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ import torch
 import xxhash
 
 from recsys.batch import FIRST_ITEM, Batch
-from recsys.bundle import entry
+from recsys.bundle import entry, sha256
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.explain import nearest_events
 from serving.intake import Dealt, read_shard
-from serving.nights import lists_file, users_file
+from serving.nights import PLAN, lists_file, users_file
 from serving.retrieval import taken
 from serving.tables import SOURCES, lists_columns, lists_frame, users_columns, write_frames
 
@@ -71,6 +71,8 @@ class Task:
     bundle: str
     """Its id."""
     terms: Terms
+    plan: str
+    """SHA-256 of the file of the night's plan, by which a worker that was left behind knows another night."""
     last: Path | None = None
     """Folder of the last night, of which lists are taken where a user's history is the same; None: all are made."""
 
@@ -103,10 +105,10 @@ class Facts:
     """Users whose lists were computed; None: the shard was there already."""
 
 
-def pipeline(recommender: Recommender, tasks: Iterable[Task], parent: int = 0) -> Iterator[Facts]:
+def pipeline(recommender: Recommender, tasks: Iterable[Task]) -> Iterator[Facts]:
     """Make shards; while one is computed, the next is read and the one before is written, each in a thread of its own.
 
-    With `parent`, nothing more is written once that process is no longer this one's parent.
+    Raises RecsysError: a shard cannot be written, or another night has begun.
     """
     reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
     waiting = iter(tasks)
@@ -126,7 +128,7 @@ def pipeline(recommender: Recommender, tasks: Iterable[Task], parent: int = 0) -
                     made = _made(recommender, *given)
                     if writing is not None:
                         yield writing.result()
-                    writing = writer.submit(_write, recommender, given, made, parent)
+                    writing = writer.submit(_write, recommender, given, made)
     finally:  # without waiting for a task that may never come
         reader.shutdown(wait=False, cancel_futures=True)
         writer.shutdown()
@@ -215,23 +217,25 @@ def _hashes(histories: Batch) -> np.ndarray[Any, Any]:
     return hashes_U
 
 
-def _write(
-    recommender: Recommender, given: tuple[Task, Dealt], done: tuple[pl.DataFrame, pl.DataFrame, int], parent: int
-) -> Facts:
+def _write(recommender: Recommender, given: tuple[Task, Dealt], done: tuple[pl.DataFrame, pl.DataFrame, int]) -> Facts:
     """The users first: a shard is done when its lists are there."""
     (task, dealt), (lists, users, made) = given, done
     metadata = {"bundle": task.bundle, "now": str(task.terms.now)}
     left_out = {name: count for name, count in {"unknown": dealt.unknown, **dealt.left_out}.items() if count}
     told = metadata | {LEFT_OUT: json.dumps(left_out)}
     whole = lists_columns(dealt.user_ids, recommender.catalogue, task.terms.reasons)
-    allowed = _allowed(parent)
+    allowed = partial(planned, task)
     write_frames([users], users_columns(dealt.user_ids), task.work / users_file(task.shard), told, allowed)
     write_frames([lists], whole, task.work / lists_file(task.shard), metadata, allowed)
     return _facts(recommender.catalogue, task, lists, users, left_out, made)
 
 
-def _allowed(parent: int) -> Callable[[], bool]:
-    return lambda: not parent or os.getppid() == parent
+def planned(task: Task) -> bool:
+    """Whether the folder is still that of the task's night."""
+    try:
+        return sha256(task.work / PLAN) == task.plan
+    except OSError:
+        return False
 
 
 def found(catalogue: Catalogue, task: Task) -> Facts | None:

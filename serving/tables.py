@@ -80,7 +80,7 @@ def write_frames(
     try:
         write_parquet(frames, columns, temporary, metadata=metadata)
         if not allowed():
-            raise RecsysError(f"{path}: is not written, since the process that asked for it has ended; start it again")
+            raise RecsysError(f"{path}: is not written, since it is no longer wanted: another night has begun")
         replace_file(temporary, path)
     except OSError as error:
         raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None

@@ -99,7 +99,7 @@ class Processes:
     def _started(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.bundle, self.exact, os.getpid()), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.bundle, self.exact), daemon=True)
         with _one_thread():
             process.start()
         theirs.close()
@@ -126,14 +126,14 @@ class Processes:
             )
 
 
-def _work(pipe: Connection, bundle: Path, exact: bool, parent: int) -> None:
+def _work(pipe: Connection, bundle: Path, exact: bool) -> None:
     """Make the shards that the pipe names, until nobody holds its other end."""
     import torch
 
     torch.set_num_threads(1)
     try:
         recommender = Recommender.load(bundle, verify=False, exact=exact, threads=1)
-        for facts in pipeline(recommender, _named(pipe), parent):
+        for facts in pipeline(recommender, _named(pipe)):
             pipe.send(facts)
     except (EOFError, BrokenPipeError):
         return
