@@ -191,6 +191,10 @@ class Look:
         rows_BS = torch.zeros(len(states_BE), span, dtype=torch.int64, device=states_BE.device)
         return Look(states_BE.new_zeros(len(states_BE), span, states_BE.shape[1]), rows_BS, torch.zeros_like(rows_BS))
 
+    def part(self, start: int, stop: int) -> Look:
+        """Of the requests [start, stop), without a copy."""
+        return Look(self.states_BSE[start:stop], self.rows_BS[start:stop], self.ages_BS[start:stop])
+
     def take(self, chosen_B: Tensor) -> Look:
         """Of some of the histories."""
         return Look(self.states_BSE[chosen_B], self.rows_BS[chosen_B], self.ages_BS[chosen_B])

@@ -22,7 +22,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,7 +270,8 @@ class Recommender:
         if not self._read_R.take(np.minimum(last, len(self._read_R) - 1)).any():
             return None
         span = self._span
-        placed_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
+        at_1 = None if now is None else np.array([now])
+        placed_1E, look = reader.read_one(self._seen(values, times, np.array([0]), np.array([len(values)]), at_1), span)
         clock.lap("encode")
         hidden = values - FIRST_ITEM if filter_seen else values[:0]
         named = candidates(serving, self.ranker, self.ranker_blocks, k)
@@ -395,7 +395,7 @@ class Recommender:
         for start in range(0, len(rows_BN), QUERIES):
             stop = min(start + QUERIES, len(rows_BN))
             part = rows_BN[start:stop], scores_BN[start:stop]
-            own = look if stop - start == len(rows_BN) else look.take(torch.arange(start, stop))
+            own = look.part(start, stop)
             if graph is None:
                 rows, scores = (tensor.to(device) for tensor in part)
                 out.append(rank(self.ranker, self.ranker_blocks, self.known, rows, scores, own.to(device)).cpu())
@@ -431,51 +431,44 @@ class Recommender:
     def _read_by_graph(
         self, reader: GraphReader, histories: Batch, now: Tensor | None, span: int
     ) -> tuple[Tensor, Look | None]:
-        values, times, offsets = histories.values.numpy(), histories.times.numpy(), histories.offsets.tolist()
+        values, times, offsets = histories.values.numpy(), histories.times.numpy(), histories.offsets.numpy()
+        at_B = None if now is None else now.numpy()
         if len(histories) == 1 and len(values):
-            placed_1E, look = reader.read_one(self._seen(values, times, [len(values)], now), span)
+            placed_1E, look = reader.read_one(self._seen(values, times, offsets[:1], offsets[1:], at_B), span)
             return torch.from_numpy(placed_1E), look
         out_BE = torch.zeros(len(histories), self.model.settings.embedding_size)
         looks = Look.empty(out_BE, span) if span else None
-        alike: dict[int, list[int]] = {}
-        for place, (begin, end) in enumerate(pairwise(offsets)):
-            if end > begin:
-                alike.setdefault(self._padded(end - begin), []).append(place)
-        for positions, places in alike.items():
-            at_once = max(1, TOKENS // positions)
+        padded_B = self._padded(np.diff(offsets))
+        for positions in np.unique(padded_B[padded_B > 0]).tolist():
+            places, at_once = np.flatnonzero(padded_B == positions), max(1, TOKENS // positions)
             for start in range(0, len(places), at_once):
-                chunk = torch.tensor(places[start : start + at_once])
-                own = taken(histories, chunk)
-                ends = own.offsets[1:].tolist()
-                seen = self._seen(own.values.numpy(), own.times.numpy(), ends, None if now is None else now[chunk])
+                chunk = places[start : start + at_once]
+                seen = self._seen(values, times, offsets[chunk], offsets[chunk + 1], None if at_B is None else at_B[chunk])
                 placed_BE, look = reader.read(seen, span)
-                out_BE[chunk] = torch.from_numpy(placed_BE)
+                lines_B = torch.from_numpy(chunk)
+                out_BE[lines_B] = torch.from_numpy(placed_BE)
                 if looks is not None and look is not None:
-                    looks.put(chunk, look)
+                    looks.put(lines_B, look)
         return out_BE, looks
 
-    def _padded(self, events: int) -> int:
-        """Positions of a history."""
-        places = min(events, self.model.readable_events) + (self.model.settings.objective == "masked")
-        return -(-places // POSITIONS) * POSITIONS
+    def _padded(self, events_B: Array) -> Array:
+        """Positions of histories; 0 of an empty one."""
+        places_B = np.minimum(events_B, self.model.readable_events) + (self.model.settings.objective == "masked")
+        padded_B: Array = -(-places_B // POSITIONS) * POSITIONS
+        return np.where(events_B > 0, padded_B, 0)
 
-    def _seen(self, values: Array, times: Array, ends: list[int], now: Tensor | int | None) -> Seen:
-        """The last events of histories of one padded length; behind them the mask, if the model has one."""
+    def _seen(self, values: Array, times: Array, begins_B: Array, ends_B: Array, now_B: Array | None) -> Seen:
+        """The last events of histories [begin, end) of one padded length; behind them the mask, if the model has one."""
         masked, most = self.model.settings.objective == "masked", self.model.readable_events
-        rows_BT = np.zeros((len(ends), self._padded(ends[0])), np.int64)
-        times_BT, lengths_B, now_B = np.zeros_like(rows_BT), np.empty(len(ends), np.int64), np.empty(len(ends), np.int64)
-        begin = 0
-        for line, end in enumerate(ends):
-            first = max(begin, end - most)
-            length = lengths_B[line] = end - first
-            rows_BT[line, :length], times_BT[line, :length] = values[first:end], times[first:end]
-            begin, now_B[line] = end, times[end - 1]
-        if now is not None:
-            now_B = now.numpy() if isinstance(now, Tensor) else np.array([now])
+        lengths_B = np.minimum(ends_B - begins_B, most)
+        at_T = np.arange(self._padded(lengths_B[:1])[0])
+        at_BT, some_BT = (ends_B - lengths_B)[:, None] + at_T, at_T < lengths_B[:, None]
+        rows_BT, times_BT = (np.where(some_BT, part.take(at_BT, mode="clip"), 0) for part in (values, times))
+        now_B = times[ends_B - 1] if now_B is None else now_B
         if masked:
-            lines_B = np.arange(len(ends))
+            lines_B = np.arange(len(ends_B))
             rows_BT[lines_B, lengths_B], times_BT[lines_B, lengths_B] = UNKNOWN, now_B
-            lengths_B += 1
+            lengths_B = lengths_B + 1
         return Seen(rows_BT, times_BT, asked_at(self.model, times_BT, lengths_B, now_B), lengths_B)
 
     def answer(

@@ -145,8 +145,10 @@ class GraphReader:
         placed_BE = placed_BRE[np.arange(len(own_B)), own_B]
         if not span:
             return placed_BE, None
-        backs = [_back(states_RE, own, self.span) for states_RE, own in zip(states_BRE, own_B, strict=True)]
-        return placed_BE, self._look(seen, np.stack(backs))
+        at_BS = own_B[:, None] - np.arange(self.span)
+        states_BSE = states_BRE[np.arange(len(own_B))[:, None], at_BS.clip(0)]
+        states_BSE[at_BS < 0] = 0
+        return placed_BE, self._look(seen, states_BSE)
 
     def read_one(self, seen: Seen, span: int) -> tuple[Array, Look | None]:
         """The same for one history, of which all is used that was read of it before."""

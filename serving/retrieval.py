@@ -41,7 +41,7 @@ def find(
     if allowed_V is not None and np.count_nonzero(allowed_V.numpy()) <= FEW:
         searcher = scan
     items, count = len(scan.vectors), len(states_BE)
-    seen = [_NONE] * count if hidden is None else _lines(hidden)
+    seen = [_NONE] * count if hidden is None else _lines(hidden, items)
     rows_BK, scores_BK = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
     alike: dict[int, list[int]] = {}
     for place, lines in enumerate(seen):
@@ -54,7 +54,7 @@ def find(
     for n, places in alike.items():
         for start in range(0, len(places), QUERIES):
             chunk = places[start : start + QUERIES]
-            own_BE = states_BE if len(chunk) == count else states_BE[chunk]
+            own_BE = states_BE if len(chunk) == count else states_BE[torch.tensor(chunk)]
             own = [seen[place] for place in chunk]
             rows_BK[chunk], scores_BK[chunk] = _search(searcher, scan, own_BE, own, k, n, allowed_V)
     return torch.from_numpy(rows_BK), torch.from_numpy(scores_BK)
@@ -70,19 +70,25 @@ def find_one(
         found = find(searcher, scan, torch.from_numpy(state_1E), k, batch, allowed_V)
         return found[0][0].numpy(), found[1][0].numpy()
     n = _depth(k + MARGIN + len(seen), len(scan.vectors))
-    settled_1, rows_1K, scores_1K = _settle(searcher.exact, scan, state_1E, *searcher.near(state_1E, n), [seen], k)
+    own = [_inside(seen, len(scan.vectors))]
+    settled_1, rows_1K, scores_1K = _settle(searcher.exact, scan, state_1E, *searcher.near(state_1E, n), own, k)
     if not settled_1[0]:
-        rows_1K, scores_1K = _search(searcher, scan, torch.from_numpy(state_1E), [seen], k, n, None)
+        rows_1K, scores_1K = _search(searcher, scan, torch.from_numpy(state_1E), own, k, n, None)
     return rows_1K[0], scores_1K[0]
 
 
 _NONE: Array = np.zeros(0, np.int64)
 
 
-def _lines(hidden: Batch) -> list[Array]:
+def _lines(hidden: Batch, items: int) -> list[Array]:
     """What each history holds."""
-    lines, offsets = hidden.values.cpu().numpy() - FIRST_ITEM, hidden.offsets.tolist()
-    return [lines[begin:end] for begin, end in pairwise(offsets)]
+    lines = _inside(hidden.values.cpu().numpy() - FIRST_ITEM, items)
+    return [lines[begin:end] for begin, end in pairwise(hidden.offsets.tolist())]
+
+
+def _inside(lines: Array, items: int) -> Array:
+    """The lines, with the one behind the last in the place of what is no item."""
+    return np.where((lines >= 0) & (lines < items), lines, items)
 
 
 def _depth(wanted: int, items: int) -> int:
@@ -131,21 +137,19 @@ def _settle(
 
 def _unseen(scan: Scan, lines_BN: Array, seen: list[Array]) -> Array:
     """True for candidates that are there and outside `seen`."""
-    keep_BN, marked_V, items = lines_BN >= 0, scan.marks, len(scan.vectors)
+    keep_BN, marked_V = lines_BN >= 0, scan.marks
     for line, own in enumerate(seen):
         if len(own):
-            own = own[(own >= 0) & (own < items)]
             marked_V[own] = True
-            keep_BN[line] &= ~marked_V.take(lines_BN[line])
+            hidden_N = marked_V.take(lines_BN[line])
             marked_V[own] = False
+            keep_BN[line] &= ~hidden_N
     return keep_BN
 
 
 def products(state_E: Array, vectors_CE: Array) -> Array:
     """Inner products in float64, rounded to float32: the same for a pair in any company. Shapes may have more dimensions."""
-    exact_CE = vectors_CE.astype(np.float64)
-    exact_CE *= state_E
-    found: Array = exact_CE.sum(-1).astype(np.float32)
+    found: Array = np.vecdot(vectors_CE.astype(np.float64), state_E.astype(np.float64)).astype(np.float32)
     return found
 
 

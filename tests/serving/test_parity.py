@@ -78,7 +78,7 @@ def test_the_api_the_nightly_lists_and_the_judged_lists_name_the_same_items_for_
         import_dataset(client.app.service.store, crowd, lambda done, of: None)  # type: ignore[attr-defined]
         source = store_source(f"sqlite:{tmp_path / 'histories'}", KEEP)
         nightly(recommender, source, Nights(tmp_path / "of the store"), Terms(k=K, now=now or 0))
-        assert of_users(lists_of(tmp_path / "of the store")) == at_night
+        assert of_users(lists_of(tmp_path / "of the store")) == {str(user): found for user, found in at_night.items()}
         for (user,), own in events.items():
             asked = {"user_id": user, "k": K} | ({"now": now} if asks else {})
             assert answered(client.post("/v1/recommend", json=asked).json()) == at_night[user]
