@@ -527,6 +527,8 @@ def nightly(
         raise RequestError(f"{len(given)} places of histories are given; give one of --dataset, --store and --events")
     if ray and (workers or device != "cpu"):
         raise RequestError("--ray decides where lists are computed; leave out --workers and --device")
+    if workers > 1 and device != "cpu":
+        raise RequestError("a GPU is one process's; leave out --workers, or --device")
     terms = {"k": k, "now": now or 0, "filter_seen": not repeats, "reasons": reasons}
     lists = {"deny": tuple(deny or ()), "allow": tuple(allow) if allow else None}
     with bar("users") as progress:
@@ -552,7 +554,7 @@ def nightly(
         typer.echo(json_module.dumps({key: value for key, value in told.items() if key not in ("files", "parts")}))
         return
     clock = told["clock"]
-    taken = told["users"] - clock["computed"]
+    taken = told["users"] - clock["computed"] - clock["found"]
     kept = f", {taken:,} of them as they were" if taken else ""
     typer.echo(
         f"{night.path}: {told['users']:,} users{kept}, {told['rows']:,} rows, {told['underfilled']:,} lists not full, "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from features.schema import DataSettings
 from recsys.config import Recipe, Settings
-from recsys.errors import GuardError, SetupError
+from recsys.errors import GuardError, RecsysError
 from recsys.tracking import Tracking
 from serving.admission import OnlineSettings
 from serving.delivery import deliver
@@ -21,11 +22,15 @@ from serving.nightly import NightlySettings, nightly
 from serving.nights import Night, Nights
 from serving.shards import Terms
 from serving.workers import Engine, Here, Processes
+from training.loop import choose_device
 
 USERS = 8192
 """Users for which another process is worth its start of some seconds."""
 OWNERS: tuple[type[Settings], ...] = (NightlySettings, GuardSettings, DataSettings, OnlineSettings)
 """Sections of the recipe that the verb reads."""
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""How long a night waits for a server of MLflow, unless the environment says otherwise: by itself MLflow tries for minutes."""
 
 Merge = Callable[..., Recipe]
 """Merges sections with the command's settings, which may be of given owners alone."""
@@ -50,7 +55,7 @@ def run(
     warn: Callable[[str], None],
 ) -> Night:
     """Make the night of the histories `given` as (dataset, store or events; its place), deliver it and record it."""
-    recommender = Recommender.load(bundle, device=device, threads=1 if device == "cpu" else None)
+    recommender = Recommender.load(bundle, device=choose_device(device).type, threads=1)
     recipe = merge(recommender.manifest["recipe"], *OWNERS)
     conditions = recommender.catalogue.attributes.read(where) if where else {}
     nights, source = Nights(out), _source(*given, recipe)
@@ -63,19 +68,30 @@ def run(
                 Terms(**terms, where=conditions),
                 settings=recipe.read(NightlySettings),
                 guards=recipe.read(GuardSettings),
-                engine=_engine(recommender, source, workers, ray, device),
+                engine=_engine(recommender, source, workers, ray),
                 full=full,
                 force=force,
                 progress=progress,
                 tell=warn,
             )
         except GuardError:
-            record(nights.refused())
+            record(nights.refused)
             raise
-        record(night.manifest)
-        for url in to:
-            deliver(night, url, lambda done, of: progress("deliver", done, of))
+        record(lambda: night.manifest)
+        _deliver(night, to, progress)
     return night
+
+
+def _deliver(night: Night, to: Sequence[str], progress: Callable[[str, int, int], None]) -> None:
+    """Raises RecsysError: the first that failed, after all were tried."""
+    failed: list[RecsysError] = []
+    for url in to:
+        try:
+            deliver(night, url, lambda done, of: progress("deliver", done, of))
+        except RecsysError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _source(kind: str, place: str, recipe: Recipe) -> Source:
@@ -86,43 +102,45 @@ def _source(kind: str, place: str, recipe: Recipe) -> Source:
     return events_source(place, recipe.read(DataSettings))
 
 
-def _engine(recommender: Recommender, source: Source, workers: int, ray: str, device: str) -> Engine:
+def _engine(recommender: Recommender, source: Source, workers: int, ray: str) -> Engine:
     if ray:
         from serving.cluster import Cluster
 
         return Cluster(recommender.path, ray)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = workers or min(cores, -(-source.users // USERS))
-    return Here(recommender) if device != "cpu" or wanted == 1 else Processes(recommender.path, wanted)
+    wanted = workers or max(1, min(cores, -(-source.users // USERS)))
+    on_cpu = recommender.scan.vectors_VE.device.type == "cpu"
+    return Here(recommender) if not on_cpu or wanted == 1 else Processes(recommender.path, wanted)
 
 
 @contextmanager
 def _recorded(
     recommender: Recommender, name: str, recipe: Recipe, track: bool, warn: Callable[[str], None]
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+) -> Iterator[Callable[[Callable[[], Mapping[str, Any]]], None]]:
     """A run of MLflow around the night, where it can be; what fails there is told, and does not stop the night."""
+    for setting, value in PATIENCE.items():
+        os.environ.setdefault(setting, value)
     tracking = Tracking.of(recommender.manifest).sibling() if track else None
-    if tracking is None or not tracking.on:
-        yield lambda manifest: None
-        return
-    run = tracking.run(f"nightly {name}")
-    try:
-        run.__enter__()
-    except SetupError as error:
-        warn(f"the night is not recorded: {error}")
-        yield lambda manifest: None
-        return
+    with ExitStack() as stack:
 
-    def record(manifest: Mapping[str, Any]) -> None:
-        try:
-            tracking.settings_of({owner.section: vars(recipe.read(owner)) for owner in OWNERS[:2]})
-            tracking.night(manifest)
-        except Exception as error:  # of whatever kind: the lists are worth more than their record
-            warn(f"the night is not recorded: {error}")
+        def safely(work: Callable[[], object]) -> None:
+            try:
+                work()
+            except Exception as error:  # of whatever kind: the lists are worth more than their record
+                warn(f"the night is not recorded: {' '.join(str(error).split())}")
 
-    try:
+        if tracking is not None and tracking.on:
+            run = tracking.run(f"nightly {name}")
+            safely(run.__enter__)
+            stack.push(lambda *raised: safely(partial(run.__exit__, *raised)) if tracking.run_id else None)
+
+        def record(manifest: Callable[[], Mapping[str, Any]]) -> None:
+            def told() -> None:
+                assert tracking is not None
+                tracking.settings_of({owner.section: vars(recipe.read(owner)) for owner in OWNERS[:2]})
+                tracking.night(manifest())
+
+            if tracking is not None and tracking.run_id:
+                safely(told)
+
         yield record
-    except BaseException as error:
-        run.__exit__(type(error), error, error.__traceback__)
-        raise
-    run.__exit__(None, None, None)

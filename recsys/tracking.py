@@ -40,8 +40,8 @@ class TrackingSettings(Settings):
 class Tracking:
     """One MLflow run, or nothing where tracking is off."""
 
-    def __init__(self, settings: TrackingSettings, run_id: str = "", nested: bool = False) -> None:
-        self.settings, self.run_id, self.nested = settings, run_id, nested
+    def __init__(self, settings: TrackingSettings, run_id: str = "", nested: bool = False, there: bool = False) -> None:
+        self.settings, self.run_id, self.nested, self.there = settings, run_id, nested, there or bool(run_id)
         self.uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
     @classmethod
@@ -67,7 +67,7 @@ class Tracking:
             yield self
             return
         store = self.uri.removeprefix("sqlite:///")
-        if self.run_id and store != self.uri and not Path(store).is_file():  # MLflow would make an empty one there
+        if self.there and store != self.uri and not Path(store).is_file():  # MLflow would make an empty one there
             raise self._gone()
         mlflow = self._mlflow()
         try:
@@ -89,8 +89,8 @@ class Tracking:
         return Tracking(replace(self.settings, uri=self.uri), nested=True)
 
     def sibling(self) -> Tracking:
-        """A run of its own in the same store."""
-        return Tracking(replace(self.settings, uri=self.uri))
+        """A run of its own in the same store, which must be there."""
+        return Tracking(replace(self.settings, uri=self.uri), there=True)
 
     def outcome(self, name: str, state: str, reason: str = "") -> None:
         """How a child ended: as complete, pruned or failed; `name` is for one that ended before its run started."""
@@ -105,7 +105,8 @@ class Tracking:
         client.set_terminated(self.run_id, {"complete": "FINISHED", "pruned": "KILLED"}.get(state, "FAILED"))
 
     def _gone(self) -> SetupError:
-        return SetupError(f"MLflow at {self.uri} has no run {self.run_id}; bring its store back, or leave MLflow out")
+        what = f"run {self.run_id}" if self.run_id else "store"
+        return SetupError(f"MLflow at {self.uri} has no {what}; bring its store back, or leave MLflow out")
 
     def settings_of(self, recipe: Mapping[str, Mapping[str, Any]]) -> None:
         """Every setting as a parameter `section.key`; a resumed run's are already there."""

@@ -193,7 +193,7 @@ def nearest_events(recommender: Recommender, histories: Batch, lists: Lists) -> 
             rows.append(torch.zeros_like(listed))
             continue
         cosines_KT = ways_VE[listed - FIRST_ITEM] @ ways_VE[known - FIRST_ITEM].T
-        rows.append(known[cosines_KT.argmax(1)])
+        rows.append(known[cosines_KT.argmax(1).cpu()])
     rows_N = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
     item_ids = recommender.catalogue.items["item_id"].gather((rows_N - FIRST_ITEM).clamp(min=0).numpy())
     return item_ids.alias("because").set(pl.Series((rows_N == PADDING).numpy()), None)

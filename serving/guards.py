@@ -69,8 +69,13 @@ class Guard:
         return f"{self.name} is {self.found:.4g}, {'at least' if self.least else 'at most'} {self.limit:.4g} may be"
 
 
-def judge(settings: GuardSettings, night: Mapping[str, Any], work: Path, last: Night | None) -> list[Guard]:
-    """Every guard of a night's manifest and of its files in `work`; those of changes only where there is a last night."""
+def judge(
+    settings: GuardSettings, night: Mapping[str, Any], work: Path, last: Night | None, compare: bool = True
+) -> list[Guard]:
+    """Every guard of a night's manifest and of its files in `work`; those of changes only where there is a last night.
+
+    Lists are compared only with `compare`.
+    """
     users = max(night["users"], 1)
     guards = [
         Guard("covered", night["listed"] / users, settings.covered, True),
@@ -87,14 +92,13 @@ def judge(settings: GuardSettings, night: Mapping[str, Any], work: Path, last: N
         apart = abs(night["best"]["mean"] - before["best"]["mean"])
         spread = max(before["best"]["deviation"], 1e-6 * max(1.0, abs(before["best"]["mean"])))
         guards.append(Guard("drift", apart / spread, settings.drift, False))
-    shared = overlap(work, int(night["shards"]), last)
-    if shared is not None:
-        guards.append(Guard("overlap", shared, settings.overlap, True))
+    if compare and night["listed"] and before["listed"]:
+        guards.append(Guard("overlap", overlap(work, int(night["shards"]), last), settings.overlap, True))
     return guards
 
 
-def overlap(work: Path, shards: int, last: Night, sample: int = SAMPLE) -> float | None:
-    """The mean share of the first items of both nights' lists that they have in common; None: no user has lists in both."""
+def overlap(work: Path, shards: int, last: Night, sample: int = SAMPLE) -> float:
+    """The mean share of the first items of both nights' lists that they have in common; 0 where no user has lists in both."""
     import polars as pl
 
     def first(paths: list[Path]) -> pl.LazyFrame:
@@ -115,4 +119,4 @@ def overlap(work: Path, shards: int, last: Night, sample: int = SAMPLE) -> float
         total, users = total + float(both.to_series().sum()), users + len(both)
         if users >= sample:
             break
-    return total / users if users else None
+    return total / max(users, 1)

@@ -7,7 +7,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -17,18 +18,16 @@ import numpy as np
 from recsys import __version__
 from recsys.bundle import sha256, write_file
 from recsys.config import Settings
-from recsys.errors import DataError, GuardError, RequestError
+from recsys.errors import DataError, GuardError, RecsysError, RequestError
 from serving.engine import Recommender
 from serving.guards import GuardSettings, judge
 from serving.intake import Source
 from serving.nights import PLAN, REFUSED, Night, Nights
-from serving.shards import HISTORIES, Facts, Task, Terms, found
+from serving.shards import HISTORIES, PLACES, Facts, Task, Terms, found
 from serving.workers import Engine, Here
 
 HEAD = 100
 """One in so many items, the most popular ones, are the head."""
-PLACES = 2**20
-"""Places of a shard's lists, at most, if it has many users: what a process holds in memory."""
 LEAST = 8
 """Shards of the smallest night, so that several processes have work."""
 
@@ -51,14 +50,14 @@ class NightlySettings(Settings):
     users_per_shard: int = 8192
     """Users of a shard, at most about; fewer where lists are long. Another number makes a full night of the next one."""
     keep: int = 2
-    """Nights that stay, the live one among them."""
+    """Nights that stay, the live one among them and the one before it, which readers may still be at."""
     resume_hours: float = 12.0
     """Age of an unfinished night from which on it is not finished but begun anew."""
 
     def __post_init__(self) -> None:
-        for name in ("users_per_shard", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, least in (("users_per_shard", 1), ("keep", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
         if not self.resume_hours >= 0:
             raise ValueError(f"resume_hours must not be negative, found {self.resume_hours}")
 
@@ -83,11 +82,15 @@ class Plan:
     why: str
     """Why none are taken; empty where some are."""
     created: str
+    by: str
+    """What computes: the version, and the kind of device, of which another makes lists that are equal up to rounding."""
 
     def wants(self) -> dict[str, Any]:
         """All by which two plans are for the same night."""
         said = asdict(self)
-        wanted: dict[str, Any] = json.loads(json.dumps({name: said[name] for name in ("bundle", "source", "shards", "terms")}))
+        wanted: dict[str, Any] = json.loads(
+            json.dumps({name: said[name] for name in ("bundle", "source", "shards", "terms", "by")})
+        )
         return wanted
 
 
@@ -116,28 +119,41 @@ def nightly(
     """
     settings, guards = settings or NightlySettings(), guards or GuardSettings()
     _check(recommender, terms)
-    with nights.making():
+    with nights.making(), _writing(nights):
         finished = nights.finish(settings.keep)
         if finished is not None:
             tell(f"the night of {finished.manifest['clock']['created']} was whole and is live now")
         started = time.perf_counter()
-        last = _whole(nights, tell)
-        plan = _plan(recommender, source, nights, last, terms, settings, full, progress, tell)
+        live = nights.live()
+        last = live and _whole(live, tell)
+        plan = _plan(recommender, source, nights, last, terms, settings, full, force, progress, tell)
         night = _Making(recommender, nights, plan, engine or Here(recommender), progress)
         facts = night.computed()
         manifest = night.manifest(facts, time.perf_counter() - started)
-        judged = judge(guards, manifest, nights.work, last)
+        judged = judge(guards, manifest, nights.work, live, compare=last is not None)
         manifest["guards"] = [guard.as_dict() for guard in judged]
         broken = [guard for guard in judged if not guard.holds]
         if broken and not force:
             said = "; ".join(map(str, broken))
             write_file(nights.work / REFUSED, (json.dumps(manifest, indent=1) + "\n").encode())
-            stays = "the last night's lists stay live" if last else "nothing is live"
+            stays = "the last night's lists stay live" if live else "nothing is live"
             raise GuardError(
                 f"{nights.path}: {said}: {stays}; find out why, or run it again with --force, which computes nothing anew"
             )
         files = {name: entry for fact in facts for name, entry in fact.files.items()}
         return nights.publish(files, manifest, settings.keep)
+
+
+@contextmanager
+def _writing(nights: Nights) -> Iterator[None]:
+    """Raises RecsysError: what the system says of files."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or nights.path
+        raise RecsysError(
+            f"{where}: {error.strerror or error}; see that the folder may be written and has room, and start again"
+        ) from None
 
 
 def _check(recommender: Recommender, terms: Terms) -> None:
@@ -159,6 +175,7 @@ def _plan(
     terms: Terms,
     settings: NightlySettings,
     full: bool,
+    force: bool,
     progress: Progress,
     tell: Callable[[str], None],
 ) -> Plan:
@@ -166,17 +183,23 @@ def _plan(
     now = terms.now or int(time.time())
     asked = replace(terms, now=now, until=bool(terms.now) or recommender.reads_now)
     shards = settings.shards(source.users, terms.k)
-    plan = Plan(recommender.id, source.identity, shards, asked, {}, None, "", datetime.now(UTC).isoformat())
+    plan = Plan(recommender.id, source.identity, shards, asked, {}, None, "", datetime.now(UTC).isoformat(), _by(recommender))
     left = _left(nights)
     if left is not None:
+        refused = (nights.work / REFUSED).exists() and not force
         same = left.wants() == replace(plan, terms=replace(asked, now=terms.now or left.terms.now)).wants()
         hours = (datetime.now(UTC) - datetime.fromisoformat(left.created)).total_seconds() / 3600
-        if same and hours < settings.resume_hours and left.last in ([None] if full or last is None else [None, last.path.name]):
+        usable = [None] if full or last is None else [None, last.path.name]
+        reasons = {
+            "was refused by its guards": refused,
+            "is another": not same,
+            f"is {hours:.1f} hours old": hours >= settings.resume_hours,
+            "took other lists": left.last not in usable,
+        }
+        why = next((reason for reason, is_so in reasons.items() if is_so), "")
+        if not why:
             tell(f"goes on with the night of {left.created}")
             return left
-        why = (
-            "is another" if not same else f"is {hours:.1f} hours old" if hours >= settings.resume_hours else "took other lists"
-        )
         tell(f"the unfinished night of {left.created} {why}; begun anew")
     if nights.work.exists():
         shutil.rmtree(nights.work)
@@ -191,6 +214,10 @@ def _plan(
     plan = replace(plan, events=events, last=taken, why=why)
     write_file(nights.work / PLAN, (json.dumps(asdict(plan), indent=1) + "\n").encode())
     return plan
+
+
+def _by(recommender: Recommender) -> str:
+    return f"{__version__} on {recommender.scan.vectors_VE.device.type}"
 
 
 def _left(nights: Nights) -> Plan | None:
@@ -216,18 +243,24 @@ def _taken(recommender: Recommender, last: Night | None, plan: Plan, full: bool)
         "the terms are others": wanted != had,
         "the model reads when it is asked": recommender.reads_now and then != now,
         "the number of shards is another": said["shards"] != plan.shards,
+        "the version or the device is another": said["by"] != plan.by,
     }
     why = next((reason for reason, is_so in changed.items() if is_so), "")
     return (None, why) if why else (last.path.name, "")
 
 
-def _whole(nights: Nights, tell: Callable[[str], None]) -> Night | None:
-    """The live night, if it is as it was written."""
+def _whole(night: Night, tell: Callable[[str], None]) -> Night | None:
+    """A night, if its files are as they were written; else a line is told."""
     try:
-        live = nights.live()
-        return live and Night.open(live.path, verify=True)
+        return Night.open(night.path, verify=True)
     except DataError as error:
-        tell(f"the last night is not compared with, and no list is taken from it: {error}")
+        try:
+            now = Night.open(night.path)
+        except DataError:
+            now = night
+        if now.id != night.id:  # somebody was erased meanwhile
+            return _whole(now, tell)
+        tell(f"the last night's lists are not compared with, and none is taken: {error}")
         return None
 
 
@@ -259,8 +292,8 @@ class _Making:
 
     def _counted(self, fact: Facts) -> Facts:
         """Add to the items' counts those of a shard, which need not be kept for each."""
-        self.lists_V[fact.lines] += fact.lists
-        return replace(fact, lines=fact.lines[:0], lists=fact.lists[:0])
+        self.lists_V += fact.counts_V
+        return replace(fact, counts_V=fact.counts_V[:0])
 
     def manifest(self, facts: list[Facts], seconds: float) -> dict[str, Any]:
         """What there is to say of the night."""
@@ -269,9 +302,10 @@ class _Making:
             name: sum(getattr(fact, name) for fact in facts) for name in ("users", "rows", "listed", "underfilled", "popular")
         }
         if not total["users"]:
-            raise DataError(f"{next(iter(plan.source.values()))}: has no user; give histories")
+            shutil.rmtree(self.nights.work)  # so that histories are read anew when there are some
+            raise DataError(f"{plan.source.get('path') or plan.source.get('url')}: has no user; give histories")
         return {
-            "version": __version__,
+            "by": plan.by,
             "bundle": plan.bundle,
             "terms": plan.wants()["terms"],
             "source": plan.source,
@@ -293,6 +327,7 @@ class _Making:
                 "engine": self.engine.name,
                 "resumed": len(facts) - len(made),
                 "computed": sum(made),
+                "found": sum(fact.users for fact in facts if fact.made is None),
                 "taken_from": plan.last,
                 "full_because": plan.why,
             },

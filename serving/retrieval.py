@@ -126,12 +126,17 @@ def _settle(
     else:
         keep_BN &= places_BN <= k + MARGIN
         settled_B = full_B  # else few are allowed where the index looked, and better ones may be elsewhere
-    owners_C, columns_C = keep_BN.nonzero()
-    slots_C = places_BN[owners_C, columns_C] - 1
-    lines_BC = np.full((len(lines_BN), int(slots_C.max(initial=-1)) + 1), -1)
-    lines_BC[owners_C, slots_C] = lines_BN[owners_C, columns_C]
-    scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC.clip(0), axis=0))
-    scores_BC[lines_BC < 0] = -np.inf
+    kept_B, chosen = keep_BN.sum(1), np.flatnonzero(keep_BN)
+    most = int(kept_B.max(initial=0))
+    if len(chosen) == len(kept_B) * most:
+        lines_BC = lines_BN.take(chosen).reshape(len(kept_B), most)
+        scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC, axis=0))
+    else:
+        some_BC = np.arange(most) < kept_B[:, None]
+        lines_BC = np.zeros(some_BC.shape, lines_BN.dtype)
+        lines_BC[some_BC] = lines_BN.take(chosen)
+        scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC, axis=0))
+        scores_BC[~some_BC] = -np.inf
     return settled_B, *ordered(lines_BC + FIRST_ITEM, scores_BC, k)
 
 

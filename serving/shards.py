@@ -20,6 +20,7 @@ import xxhash
 
 from recsys.batch import FIRST_ITEM, Batch
 from recsys.bundle import entry, sha256
+from recsys.errors import BundleError
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.explain import nearest_events
@@ -31,10 +32,13 @@ from serving.tables import SOURCES, lists_columns, lists_frame, users_columns, w
 if TYPE_CHECKING:
     import polars as pl
 
+Array = np.ndarray[Any, Any]
 HISTORIES = "histories"
 """Folder of dealt histories, in that of the night."""
 LEFT_OUT = "left_out"
 """Key of a file of users under which it says of how many events no list was made."""
+PLACES = 2**20
+"""Places of lists that are made at once, at most, and that a shard of many users has."""
 USERS = 2048
 """Users whose lists are made at once: so many that those of one length fill batches, and so few that their looks fit memory."""
 
@@ -95,10 +99,8 @@ class Facts:
     """Events that no list was made of, by reason: unknown (the bundle does not know the item), later, duplicate."""
     best: tuple[int, float, float]
     """How many lists are not popular, and sums of their scores in first place and of the squares."""
-    lines: np.ndarray[Any, Any]
-    """Of the items that stand in a list, int64; line 0 is the catalogue's first item."""
-    lists: np.ndarray[Any, Any]
-    """In how many lists each of them stands, int64."""
+    counts_V: Array
+    """In how many lists each item of the catalogue stands, int64."""
     files: dict[str, dict[str, Any]]
     """Size and SHA-256 of each file."""
     made: int | None = None
@@ -108,7 +110,7 @@ class Facts:
 def pipeline(recommender: Recommender, tasks: Iterable[Task]) -> Iterator[Facts]:
     """Make shards; while one is computed, the next is read and the one before is written, each in a thread of its own.
 
-    Raises RecsysError: a shard cannot be written, or another night has begun.
+    Raises RecsysError: a shard cannot be written, another night has begun, or the bundle is not that of the task.
     """
     reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
     waiting = iter(tasks)
@@ -137,11 +139,18 @@ def pipeline(recommender: Recommender, tasks: Iterable[Task]) -> Iterator[Facts]
 def _next(recommender: Recommender, waiting: Iterator[Task]) -> tuple[Task, Dealt] | None:
     """The next task, which may be long in coming, and its histories."""
     task = next(waiting, None)
-    return None if task is None else (task, read_shard(task.work / HISTORIES, task.shard, recommender.catalogue))
+    if task is None:
+        return None
+    if task.bundle != recommender.id:  # its directory was renewed since the night began
+        raise BundleError(f"{recommender.path}: holds bundle {recommender.id}, the night is of {task.bundle}; start it again")
+    return task, read_shard(task.work / HISTORIES, task.shard, recommender.catalogue)
 
 
-def _made(recommender: Recommender, task: Task, dealt: Dealt) -> tuple[pl.DataFrame, pl.DataFrame, int]:
-    """Lists and users of a shard, and of how many users the lists were computed."""
+Made = tuple["pl.DataFrame", "pl.DataFrame", Array, int]
+"""Lists and users of a shard, in how many lists each item stands, and for how many users they were computed."""
+
+
+def _made(recommender: Recommender, task: Task, dealt: Dealt) -> Made:
     import polars as pl
 
     users = pl.DataFrame({"user_id": dealt.user_ids, "history": _hashes(dealt.histories)})
@@ -150,13 +159,15 @@ def _made(recommender: Recommender, task: Task, dealt: Dealt) -> tuple[pl.DataFr
         np.zeros(len(users), bool) if before is None else (before["history"] == users["history"]).fill_null(False).to_numpy()
     )
     chosen = np.flatnonzero(~same_U)
-    lists, sources = _computed(recommender, task.terms, dealt, chosen)
+    lists, sources, counts_V = _computed(recommender, task.terms, dealt, chosen)
     if before is not None and task.last is not None:
         lists = _merged(users, same_U, lists, pl.read_parquet(task.last / lists_file(task.shard)))
         every = before["source"].fill_null(0).to_numpy().copy()
         every[chosen] = sources
         sources = every
-    return lists, users.with_columns(source=pl.Series(sources, dtype=pl.UInt8)), len(chosen)
+    if len(chosen) < len(users):
+        counts_V = _counts(recommender.catalogue, lists)
+    return lists, users.with_columns(source=pl.Series(sources, dtype=pl.UInt8)), counts_V, len(chosen)
 
 
 def _last(night: Path, shard: int, users: pl.DataFrame) -> pl.DataFrame | None:
@@ -169,7 +180,7 @@ def _last(night: Path, shard: int, users: pl.DataFrame) -> pl.DataFrame | None:
     return users.select("user_id").join(last, on="user_id", how="left", maintain_order="left")
 
 
-def _merged(users: pl.DataFrame, old_U: np.ndarray[Any, Any], new: pl.DataFrame, old: pl.DataFrame) -> pl.DataFrame:
+def _merged(users: pl.DataFrame, old_U: Array, new: pl.DataFrame, old: pl.DataFrame) -> pl.DataFrame:
     """The lists of all users in their order: of some from the old table, of the others from the new one; both are in order."""
     import polars as pl
 
@@ -183,17 +194,17 @@ def _merged(users: pl.DataFrame, old_U: np.ndarray[Any, Any], new: pl.DataFrame,
     return pl.concat([new, old]).select(pl.all().gather(places_N))
 
 
-def _computed(
-    recommender: Recommender, terms: Terms, dealt: Dealt, chosen: np.ndarray[Any, Any]
-) -> tuple[pl.DataFrame, np.ndarray[Any, Any]]:
-    """The lists of some users, and what made each."""
+def _computed(recommender: Recommender, terms: Terms, dealt: Dealt, chosen: Array) -> tuple[pl.DataFrame, Array, Array]:
+    """The lists of some users, what made each, and in how many of them each item stands."""
     import polars as pl
 
     catalogue, parts, sources = recommender.catalogue, [], [np.zeros(0, np.uint8)]
+    counts_R = np.zeros(FIRST_ITEM + len(catalogue), np.int64)
     deny = [row for row in catalogue.rows(terms.deny, catalogue.by_id) if row is not None]
     allow = None if terms.allow is None else [row for row in catalogue.rows(terms.allow, catalogue.by_id) if row is not None]
-    for start in range(0, len(chosen), USERS):
-        part = torch.from_numpy(chosen[start : start + USERS])
+    at_once = max(1, min(USERS, PLACES // terms.k))
+    for start in range(0, len(chosen), at_once):
+        part = torch.from_numpy(chosen[start : start + at_once])
         histories = taken(dealt.histories, part)
         now = terms.now if recommender.reads_now else None
         lists = recommender.recommend(histories, terms.k, now, terms.filter_seen, deny, allow, terms.where or None)
@@ -201,13 +212,14 @@ def _computed(
         if terms.reasons:
             frame = frame.with_columns(nearest_events(recommender, histories, lists))
         parts.append(frame)
+        counts_R += np.bincount(lists.rows.numpy().ravel(), minlength=len(counts_R))
         made = SOURCES.index("ranked" if lists.ranked else "retrieved")
         sources.append(np.where(lists.popular.numpy(), SOURCES.index("popularity"), made).astype(np.uint8))
     none = pl.DataFrame(schema=lists_columns(dealt.user_ids, catalogue, terms.reasons))
-    return pl.concat([none, *parts]), np.concatenate(sources)
+    return pl.concat([none, *parts]), np.concatenate(sources), counts_R[FIRST_ITEM:]
 
 
-def _hashes(histories: Batch) -> np.ndarray[Any, Any]:
+def _hashes(histories: Batch) -> Array:
     """Of each history, uint64: equal where items, times and their order are."""
     values, times = histories.values.numpy(), histories.times.numpy()
     both_N2 = np.ascontiguousarray(np.stack([values, times], 1))
@@ -217,9 +229,18 @@ def _hashes(histories: Batch) -> np.ndarray[Any, Any]:
     return hashes_U
 
 
-def _write(recommender: Recommender, given: tuple[Task, Dealt], done: tuple[pl.DataFrame, pl.DataFrame, int]) -> Facts:
+def _counts(catalogue: Catalogue, lists: pl.DataFrame) -> Array:
+    """In how many lists each item of the catalogue stands, int64."""
+    found = catalogue.items.select("item_id").join(
+        lists.group_by("item_id").len(), on="item_id", how="left", maintain_order="left"
+    )
+    counts_V: Array = found["len"].fill_null(0).to_numpy().astype(np.int64)
+    return counts_V
+
+
+def _write(recommender: Recommender, given: tuple[Task, Dealt], done: Made) -> Facts:
     """The users first: a shard is done when its lists are there."""
-    (task, dealt), (lists, users, made) = given, done
+    (task, dealt), (lists, users, counts_V, made) = given, done
     metadata = {"bundle": task.bundle, "now": str(task.terms.now)}
     left_out = {name: count for name, count in {"unknown": dealt.unknown, **dealt.left_out}.items() if count}
     told = metadata | {LEFT_OUT: json.dumps(left_out)}
@@ -227,7 +248,7 @@ def _write(recommender: Recommender, given: tuple[Task, Dealt], done: tuple[pl.D
     allowed = partial(planned, task)
     write_frames([users], users_columns(dealt.user_ids), task.work / users_file(task.shard), told, allowed)
     write_frames([lists], whole, task.work / lists_file(task.shard), metadata, allowed)
-    return _facts(recommender.catalogue, task, lists, users, left_out, made)
+    return _facts(task, lists, users, counts_V, left_out, made)
 
 
 def planned(task: Task) -> bool:
@@ -246,11 +267,12 @@ def found(catalogue: Catalogue, task: Task) -> Facts | None:
         return None
     users = task.work / users_file(task.shard)
     left_out = json.loads(pl.read_parquet_metadata(users)[LEFT_OUT])
-    return _facts(catalogue, task, pl.read_parquet(task.work / lists_file(task.shard)), pl.read_parquet(users), left_out, None)
+    lists = pl.read_parquet(task.work / lists_file(task.shard))
+    return _facts(task, lists, pl.read_parquet(users), _counts(catalogue, lists), left_out, None)
 
 
 def _facts(
-    catalogue: Catalogue, task: Task, lists: pl.DataFrame, users: pl.DataFrame, left_out: dict[str, int], made: int | None
+    task: Task, lists: pl.DataFrame, users: pl.DataFrame, counts_V: Array, left_out: dict[str, int], made: int | None
 ) -> Facts:
     import polars as pl
 
@@ -258,8 +280,6 @@ def _facts(
     popular = users.filter(pl.col("source") == SOURCES.index("popularity"))
     best = lists.filter(pl.col("rank") == 1).join(popular, on="user_id", how="anti", maintain_order="left")["score"]
     best_U = best.cast(pl.Float64).to_numpy()
-    lines = catalogue.items.select("item_id", line=pl.col("row").cast(pl.Int64) - FIRST_ITEM)
-    counts = lists.group_by("item_id").len("lists").join(lines, on="item_id")
     return Facts(
         shard=task.shard,
         users=len(users),
@@ -269,8 +289,7 @@ def _facts(
         popular=len(popular),
         left_out=left_out,
         best=(len(best_U), float(best_U.sum()), float((best_U**2).sum())),
-        lines=counts["line"].to_numpy(),
-        lists=counts["lists"].cast(pl.Int64).to_numpy(),
+        counts_V=counts_V,
         files={name: entry(task.work / name) for name in (lists_file(task.shard), users_file(task.shard))},
         made=made,
     )

@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from recsys.errors import RecsysError
+from recsys.errors import RecsysError, RequestError
 from serving.engine import Recommender
 from serving.shards import Facts, Task, pipeline
 
@@ -59,7 +59,10 @@ class Processes:
 
     bundle: Path
     workers: int
-    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise RequestError(f"workers are {self.workers}; take at least 1")
 
     @property
     def name(self) -> str:
@@ -99,7 +102,7 @@ class Processes:
     def _started(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.bundle, self.exact), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.bundle), daemon=True)
         with _one_thread():
             process.start()
         theirs.close()
@@ -126,13 +129,13 @@ class Processes:
             )
 
 
-def _work(pipe: Connection, bundle: Path, exact: bool) -> None:
+def _work(pipe: Connection, bundle: Path) -> None:
     """Make the shards that the pipe names, until nobody holds its other end."""
     import torch
 
     torch.set_num_threads(1)
     try:
-        recommender = Recommender.load(bundle, verify=False, exact=exact, threads=1)
+        recommender = Recommender.load(bundle, verify=False, threads=1)
         for facts in pipeline(recommender, _named(pipe)):
             pipe.send(facts)
     except (EOFError, BrokenPipeError):
