@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from recsys.errors import DataError, RecsysError, SetupError, StoreError
@@ -144,9 +145,12 @@ class _Table:
         taken = "SELECT pg_try_advisory_xact_lock(hashtext('recsys'), hashtext(%s))"
         if not self._one(taken, f"{self.schema}.{self.table}")[0]:
             raise StoreError(f"{self.shown}: another delivery writes {self.name}; wait for its end")
-        self._check()
+        frames = _frames(night)
+        first = next(frames)
+        columns = _columns(first)
+        self._check(columns)
         fresh = sql.Identifier(self.schema, f"recsys_next_{night.id}")
-        counts = self._filled(fresh, night, progress)
+        counts = self._filled(fresh, columns, chain([first], frames), progress)
         self._run("ALTER TABLE {} ADD PRIMARY KEY (user_id, rank)", fresh)
         now = datetime.fromtimestamp(night.manifest["terms"]["now"], UTC).isoformat()
         said = f"recsys: night {night.id}, bundle {night.manifest['bundle']}, asked for at {now}"
@@ -155,22 +159,38 @@ class _Table:
         if self._old() is not None:
             self._lock()
             self._grant(fresh)
-            self._run("DROP TABLE {}", self.place)
+            self._drop()
         self._run("ALTER TABLE {} RENAME TO {}", fresh, sql.Identifier(self.table))
         self.connection.commit()
         return counts
 
-    def _check(self) -> None:
-        """Raises SetupError: what has the name is no table of lists."""
+    def _check(self, columns: dict[str, str]) -> None:
+        """Raises SetupError: what has the name is no table of lists, or its columns are not of these types."""
         old = self._old()
         if old is None:
             return
-        query = "SELECT attname FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
-        columns = [name for (name,) in self.connection.execute(query, [old[0]])]
-        if old[1] != "r" or columns[: len(COLUMNS)] != COLUMNS:
+        query = """SELECT attname, upper(format_type(atttypid, atttypmod)) FROM pg_attribute
+            WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
+        found = dict(self.connection.execute(query, [old[0]]).fetchall())
+        if old[1] != "r" or [*found][: len(COLUMNS)] != COLUMNS:
             raise SetupError(
                 f"{self.shown}: {self.name} is there and no table of lists, so it is not replaced; give another name"
             )
+        for name, kind in columns.items():
+            if found.get(name, kind) != kind:
+                others = f"{self.name} has {name} as {found[name]}, and these lists as {kind}"
+                raise SetupError(f"{self.shown}: {others}, so it is not replaced; give another name, or drop that table")
+
+    def _drop(self) -> None:
+        """Raises StoreError: something depends on the old table."""
+        import psycopg
+
+        try:
+            self._run("DROP TABLE {}", self.place)
+        except psycopg.errors.DependentObjectsStillExist as error:
+            found = ", ".join((error.diag.message_detail or f"something depends on {self.name}").splitlines())
+            remedy = "drop that, deliver again, and query the table itself, or in a function, which looks for it by its name"
+            raise StoreError(f"{self.shown}: {found}, so the old lists stay; {remedy}") from None
 
     def _old(self) -> tuple[int, str] | None:
         """Number and kind of what has the name now."""
@@ -180,25 +200,23 @@ class _Table:
         ).fetchone()
         return found
 
-    def _filled(self, fresh: Any, night: Night, progress: Callable[[int], None]) -> dict[str, int]:
+    def _filled(
+        self, fresh: Any, columns: dict[str, str], frames: Iterator[pl.DataFrame], progress: Callable[[int], None]
+    ) -> dict[str, int]:
         """Make the table with all lists. Its rows are frozen, so that readers whose transaction is older see them too."""
         import polars as pl
         from psycopg import sql
 
-        frames, counts = _frames(night), {"users": 0, "rows": 0}
-        first = next(frames)
-        kinds = {"rank": "INTEGER", "score": "REAL"}
-        columns = {
-            name: kinds.get(name, "BIGINT" if first.schema[name].is_integer() else "TEXT") + " NOT NULL" * (name in COLUMNS)
-            for name in first.columns
-        }
-        lines = [sql.SQL("{} " + kind).format(sql.Identifier(name)) for name, kind in columns.items()]
+        counts = {"users": 0, "rows": 0}
+        lines = [
+            sql.SQL("{} " + kind + " NOT NULL" * (name in COLUMNS)).format(sql.Identifier(name))
+            for name, kind in columns.items()
+        ]
         self._run("CREATE TABLE {} ({})", fresh, sql.SQL(", ").join(lines))
         names = sql.SQL(", ").join(map(sql.Identifier, columns))
         command = sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, FREEZE)").format(fresh, names)
         with self.connection.cursor() as cursor, cursor.copy(command) as copy:
-            frame: pl.DataFrame | None = first
-            while frame is not None:
+            for frame in frames:
                 texts = frame.select(pl.col(pl.String).str.contains("\0", literal=True).any())
                 if any(texts.row(0) if texts.width else ()):
                     raise DataError(
@@ -210,7 +228,6 @@ class _Table:
                 counts["users"] += frame["user_id"].n_unique()
                 counts["rows"] += len(frame)
                 progress(counts["users"])
-                frame = next(frames, None)
         return counts
 
     def _lock(self) -> None:
@@ -263,6 +280,12 @@ class _Table:
         from psycopg import sql
 
         self.connection.execute(sql.SQL(query).format(*parts))
+
+
+def _columns(frame: pl.DataFrame) -> dict[str, str]:
+    """Names and types of the table's columns."""
+    kinds = {"rank": "INTEGER", "score": "REAL"}
+    return {name: kinds.get(name, "BIGINT" if kind.is_integer() else "TEXT") for name, kind in frame.schema.items()}
 
 
 def _role(everybody: bool, name: str) -> Any:

@@ -74,7 +74,7 @@ class Source(Protocol):
         """Write every user's events into a new folder for `read_shard`, which leaves out those later than `now`.
 
         Returns how many there are, and how many rows, or users, were left out for which reason. `progress` hears how many of
-        how many users or rows are done. Raises DataError, StoreError: the source cannot be read.
+        how many users or rows are done. Raises DataError, StoreError: the source cannot be read, or has changed meanwhile.
         """
 
 
@@ -92,11 +92,11 @@ class Dealt:
     """Events that are left out because they are `later` than now, or `duplicate`: an earlier one says the same."""
 
 
-def dataset_source(path: Path) -> Source:
-    """The directory that `recsys features` made. Raises DataError: it is none, or altered."""
+def dataset_source(path: Path, verify: bool = True) -> Source:
+    """The directory that `recsys features` made. Raises DataError: it is none, or, with `verify`, altered."""
     from features.dataset import Dataset
 
-    return _Sequences(Dataset.open(path))
+    return _Sequences(Dataset.open(path, verify))
 
 
 def store_source(url: str, keep: int) -> Source:
@@ -255,7 +255,7 @@ class _Sequences:
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
-        self.identity = {"kind": "dataset", "path": str(dataset.path), "hash": dataset.manifest["hash"]}
+        self.identity = {"kind": "dataset", "path": _absolute(str(dataset.path)), "hash": dataset.manifest["hash"]}
         self.users = int(dataset.manifest["users"])
 
     def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
@@ -264,12 +264,14 @@ class _Sequences:
         parts, users, events = _Parts(folder, shards), 0, 0
         table = pl.scan_parquet(self._dataset.path / "sequences.parquet")
         table = table.select("user_id", pl.col("items").alias("item_id"), pl.col("timestamps").alias("timestamp"))
-        for rows in table.collect_batches(chunk_size=USERS, engine="streaming"):
+        for rows in _batches(table, str(self._dataset.path), USERS):
             length = int(rows["item_id"].list.len().sum())
             parts.add(rows, length)
             users, events = users + len(rows), events + length
             progress(users, self.users)
         parts.close(lambda: self._dataset.items["item_id"], {"kind": "dataset", "now": now})
+        if dataset_source(self._dataset.path, verify=False).identity != self.identity:
+            raise _changed(str(self._dataset.path))
         return {"events": events}
 
 
@@ -277,8 +279,13 @@ class _Store:
     """A store of histories as a source."""
 
     def __init__(self, store: HistoryStore) -> None:
+        kind, _, place = store.url.partition(":")
         self._store = store
-        self.identity = {"kind": "store", "url": store.url, "keep": store.keep}
+        self.identity = {
+            "kind": "store",
+            "url": f"{kind}:{_absolute(place)}" if kind in FILES else store.url,
+            "keep": store.keep,
+        }
 
     @cached_property
     def users(self) -> int:
@@ -349,9 +356,10 @@ class _Events:
         if "timestamp" not in names:
             self._table = self._table.with_columns(timestamp=pl.lit(None, pl.Int64))
         with _readable(place):
-            files = _remote(table) if paths is None else [[str(path), *_stamp(path)] for path in paths]
+            files = _remote(table) if paths is None else _stamps(paths)
+        self._paths = paths or []
         read = {**names, "time_unit": settings.time_unit, "repeats": settings.repeats}
-        self.identity = {"kind": "events", "path": self._where, "files": files, "read": read}
+        self.identity = {"kind": "events", "path": _absolute(self._where), "files": files, "read": read}
 
     @cached_property
     def users(self) -> int:
@@ -374,7 +382,7 @@ class _Events:
         numbers = _Numbers(ids["item_id"])
         parts, done = _Parts(folder, shards, numbers.listed), 0
         counts: Counter[str] = Counter(events=0)
-        for rows in _batches(judged, self._place):
+        for rows in _batches(judged, self._place, ROWS):
             good = rows.filter(pl.col("reason").is_null()).drop("reason")
             parts.add(good, len(good))
             counts.update({"events": len(good)})
@@ -385,6 +393,9 @@ class _Events:
             found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count) or "it is empty"
             raise DataError(f"{self._where}: none of {total} events is usable ({found}); check the recipe's section [data]")
         parts.close(numbers.items, {"kind": "events", "now": now, "repeats": self._settings.repeats})
+        with _readable(self._place):
+            if self._paths and _stamps(self._paths) != self.identity["files"]:
+                raise _changed(self._where)
         return dict(counts)
 
 
@@ -423,10 +434,10 @@ class _Numbers:
         return _listed(rows["user_id"], lengths, events.with_columns(item_id=self.of(events["item_id"])))
 
 
-def _batches(table: pl.LazyFrame, place: str) -> Iterator[pl.DataFrame]:
-    """The rows of a table in turn. Raises DataError: it cannot be read."""
+def _batches(table: pl.LazyFrame, place: str, rows: int) -> Iterator[pl.DataFrame]:
+    """The rows of a table, so many at once. Raises DataError: it cannot be read."""
     with _readable(place):
-        yield from table.collect_batches(chunk_size=ROWS, engine="streaming")
+        yield from table.collect_batches(chunk_size=rows, engine="streaming")
 
 
 def _local(place: str) -> list[Path] | None:
@@ -445,10 +456,18 @@ def _local(place: str) -> list[Path] | None:
     return files
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size, and when it was written."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _stamps(paths: Sequence[Path]) -> list[list[Any]]:
+    """Of each file its name, its size, and when it was written."""
+    return [[str(path.absolute()), found.st_size, found.st_mtime_ns] for path in paths for found in [path.stat()]]
+
+
+def _absolute(place: str) -> str:
+    """A place that is the same from every directory."""
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def _changed(place: str) -> DataError:
+    return DataError(f"{place}: was written anew while it was read, so that two would mix; start again")
 
 
 def _remote(table: pl.LazyFrame) -> list[list[Any]]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 LIVE, NIGHTS, WORK = "live", "nights", "work"
+NEXT = f".{LIVE}.new"
+"""The link that is to take the place of the live one; it is left where a kill came between."""
 PLAN = "plan.json"
 """In the folder of a night in the making: what it is to be."""
 REFUSED = "refused.json"
@@ -52,8 +54,9 @@ def users_file(shard: int) -> str:
 
 
 def erased_digest(user_id: str) -> str:
-    """What stands for an erased user, whose id is noted nowhere."""
-    return blake2b(user_id.encode(), digest_size=16).hexdigest()
+    """What stands for an erased user, whose id is noted nowhere; its first 16 digits tell the shard."""
+    name = user_id.encode()
+    return f"{xxhash.xxh3_64_hexdigest(name)}{blake2b(name, digest_size=16).hexdigest()}"
 
 
 def without(work: Path, shards: int, digests: set[str], k: int) -> dict[int, dict[str, int]]:
@@ -65,9 +68,8 @@ def without(work: Path, shards: int, digests: set[str], k: int) -> dict[int, dic
     def gone(user_ids: pl.Series) -> list[bool]:
         return [erased_digest(user_id) in digests for user_id in user_ids]
 
-    if not digests:
-        return {}
-    lost = {shard: _taken_out(work, work, shard, gone, k) for shard in range(shards)}
+    theirs = {int(digest[:16], 16) % shards for digest in digests}
+    lost = {shard: _taken_out(work, work, shard, gone, k) for shard in sorted(theirs)}
     return {shard: counts for shard, counts in lost.items() if counts}
 
 
@@ -116,8 +118,12 @@ class Nights:
         self.work = self.path / WORK
 
     def live(self) -> Night | None:
-        """The night that readers see; None before the first. Raises DataError: it is not whole."""
-        return Night.open(self.path) if (self.path / LIVE).is_symlink() else None
+        """The night that readers see; None before the first. Raises DataError: it is not whole, or no longer there."""
+        link = self.path / LIVE
+        if link.is_symlink() and not link.exists():
+            found = f"names {os.readlink(link)}, which is not there"
+            raise DataError(f"{link}: {found}; let it name a folder of {self.path / NIGHTS}, or delete the link")
+        return Night.open(self.path) if link.is_symlink() else None
 
     def refused(self) -> dict[str, Any]:
         """What there is to say of the night that its guards kept from going live."""
@@ -152,20 +158,26 @@ class Nights:
             return self._settled(keep)
 
     def finish(self, keep: int) -> Night | None:
-        """Make live what was sealed before a kill came between; None where nothing was."""
+        """Make live what was sealed, or was to be live, when a kill came between; None where nothing was.
+
+        A night that was live does not come back: which one is seen since then stays.
+        """
         with locked(self.path / LIVE):
-            there = (self.work / MANIFEST).is_file() or self._newest() != self._live_name()
+            there = (self.work / MANIFEST).is_file() or self._named(NEXT) in self._names()
             return self._settled(keep) if there else None
 
     def _settled(self, keep: int) -> Night:
-        """Go on from the sealed work folder, or from a night that is not live yet."""
+        """Go on from the sealed work folder, or from the night that is to be live."""
         self._mend()
+        before = self._named(LIVE)
         if (self.work / MANIFEST).is_file():
             self._tidy()
-            os.rename(self.work, self.path / NIGHTS / self._name())
+            name = self._name()
+            self._announce(name)
+            os.rename(self.work, self.path / NIGHTS / name)
             flush(self.path / NIGHTS)
-        self.point(self._newest())
-        self._sweep(keep)
+        self._turn()
+        self._sweep(keep, before)
         return Night.open(self.path)
 
     def erase(self, user_id: str) -> bool:
@@ -179,7 +191,7 @@ class Nights:
             try:
                 self._mend()
                 self._forbid(user_id)
-                found = [self._rewrite(name, user_id) for name in self._names()]
+                found = [self._rewrite(folder.name, user_id) for folder in self._folders()]
                 self._mend()
                 return any(found)
             except OSError as error:
@@ -197,12 +209,14 @@ class Nights:
         try:
             with self.making():
                 if self.work.exists():
-                    shutil.rmtree(self.work)
+                    _delete(self.work)
         except RecsysError:  # one is being made
             with suppress(FileNotFoundError):  # it has read nobody yet
                 with (self.work / ERASED).open("a") as file:
                     file.write(f"{erased_digest(user_id)}\n")
                 flush(self.work / ERASED)
+                (self.work / MANIFEST).unlink(missing_ok=True)  # sealed, with the user, before a kill: it is sealed anew
+                flush(self.work)
 
     def _rewrite(self, name: str, user_id: str) -> bool:
         """Put a night without the user in the place of one; returns whether the user was there."""
@@ -224,12 +238,13 @@ class Nights:
         return True
 
     def _mend(self) -> None:
-        """End what an erasure that was killed began."""
+        """End what an erasure or a deletion that was killed began; the night that readers see is never deleted."""
         for fresh in (self.path / ERASING).glob("*"):
             place = self.path / NIGHTS / fresh.name
             if (fresh / MANIFEST).is_file() and not place.exists():  # killed where two names cannot be exchanged in one step
                 os.rename(fresh, place)
-        for left in (self.path / ERASING, *(self.path / NIGHTS).glob(".*.old.*")):
+        torn = [folder for folder in self._folders() if folder.name != self._named(LIVE) and _torn(folder)]
+        for left in (self.path / ERASING, *torn):
             if left.exists():
                 shutil.rmtree(left)
 
@@ -243,33 +258,66 @@ class Nights:
                 found.unlink()
 
     def point(self, name: str) -> None:
-        """Let readers see another night, in one step."""
-        link = self.path / f".{LIVE}.new"
+        """Let readers see another night, in one step, until the next one is made. Raises DataError: it is not whole."""
+        with locked(self.path / LIVE):
+            Night.open(self.path / NIGHTS / name)
+            self._announce(name)
+            self._turn()
+
+    def _announce(self, name: str) -> None:
+        """Note which night is to be live; it need not be there yet."""
+        link = self.path / NEXT
         link.unlink(missing_ok=True)
         link.symlink_to(Path(NIGHTS) / name)
-        os.replace(link, self.path / LIVE)
+        flush(self.path)
+
+    def _turn(self) -> None:
+        """Let readers see what was announced."""
+        os.replace(self.path / NEXT, self.path / LIVE)
         flush(self.path)
 
     def _name(self) -> str:
         """Of a new night, behind that of every other."""
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        latest = self._newest()
+        latest = max(self._names(), default="")
         return moment if moment > latest else f"{latest}+"  # the clock went back
 
     def _names(self) -> list[str]:
         """The whole nights, the earliest first."""
         return sorted(found.parent.name for found in (self.path / NIGHTS).glob(f"*/{MANIFEST}"))
 
-    def _newest(self) -> str:
-        return max(self._names(), default="")
+    def _folders(self) -> list[Path]:
+        """Of nights, whole or not, the earliest first."""
+        return sorted(found for found in (self.path / NIGHTS).glob("*") if found.is_dir() and not found.is_symlink())
 
-    def _live_name(self) -> str:
-        link = self.path / LIVE
-        return Path(os.readlink(link)).name if link.is_symlink() else ""
+    def _named(self, link: str) -> str:
+        """The night that a link names; empty where there is no such link."""
+        path = self.path / link
+        return Path(os.readlink(path)).name if path.is_symlink() else ""
 
-    def _sweep(self, keep: int) -> None:
-        for name in self._names()[:-keep]:
-            shutil.rmtree(self.path / NIGHTS / name)
+    def _sweep(self, keep: int, before: str) -> None:
+        """Delete all nights but so many: the live one, the one `before` it, which readers may still be at, and the latest."""
+        live = self._named(LIVE)
+        for name in sorted(self._names(), key=lambda name: (name == live, name == before, name))[:-keep]:
+            _delete(self.path / NIGHTS / name)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a night, or one in the making; what a kill leaves of it is none, for its manifest goes first."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    flush(folder)
+    shutil.rmtree(folder)
+
+
+def _torn(folder: Path) -> bool:
+    """Whether a folder has no manifest, or lacks a file that this one names."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return True
+    except (ValueError, KeyError, TypeError):  # which whoever opens it is told
+        return False
+    return not all((folder / file).is_file() for file in files)
 
 
 def _taken_out(
@@ -283,13 +331,14 @@ def _taken_out(
 
     names = (users_file(shard), lists_file(shard))
     try:
-        users, lists = (pl.read_parquet(source / name) for name in names)
+        users = pl.read_parquet(source / names[0])
+        leaving = users.filter(gone(users["user_id"].cast(pl.String)))
+        if leaving.is_empty():
+            return {}
+        lists = pl.read_parquet(source / names[1])
         said = [pl.read_parquet_metadata(source / name) for name in names]
     except (pl.exceptions.PolarsError, OSError):
         raise DataError(f"{source}: shard {shard} cannot be read as lists; make the night again") from None
-    leaving = users.filter(gone(users["user_id"].cast(pl.String)))
-    if leaving.is_empty():
-        return {}
     for name, table, metadata in zip(names, (users, lists), said, strict=True):
         left = table.join(leaving, on="user_id", how="anti", maintain_order="left")
         own = {key: value for key, value in metadata.items() if key != "ARROW:schema"}

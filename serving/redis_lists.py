@@ -7,7 +7,8 @@ recsys:lists:erased            sorted set: digest of an erased user → second s
 recsys:lists:night:NIGHT:USER  msgpack of [item ids, best first; their scores as float32, little-endian, one behind the other]
 
 A key is written in a transaction with a look at `nights` and `erased`, so that no delivery writes keys that another one has
-swept, and none brings back a user who was erased after its histories began to be read. Every key expires.
+swept, and none brings back a user who was erased after its histories began to be read: a night that is older than what
+`erased` remembers is refused. Every key expires.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import msgspec
 import numpy as np
 
-from recsys.errors import SetupError, StoreError
+from recsys.errors import DataError, SetupError, StoreError
 from serving.admission import Breaker, Clock
 from serving.nights import Night, erased_digest
 from serving.stores import hidden
@@ -39,6 +40,10 @@ KINDS = ("redis", "rediss", "valkey", "valkeys")
 """How URLs begin."""
 TTL = 3 * 24 * 3600
 """Seconds after which a key expires, unless the URL says otherwise: three nights without a delivery."""
+OLDEST = 30 * 24 * 3600
+"""Seconds since its histories began to be read after which a night is not delivered."""
+MARKS = OLDEST + 24 * 3600
+"""Seconds for which it is noted who was erased: until the delivery of a night that held the user must have ended."""
 READ_SECONDS, WRITE_SECONDS = 0.5, 30.0
 """That the server may take to connect and to answer, unless the URL says otherwise."""
 REST = 1.0
@@ -144,11 +149,14 @@ def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Call
 
     A delivery that is killed leaves the lists that were live; the next one deletes what it wrote. `progress` hears of users
     done. Returns users and rows; without lists of users who were erased since the histories began to be read.
-    Raises SetupError: as Keys. StoreError: the server, or another delivery that ended first.
+    Raises SetupError: as Keys. StoreError: the server, or another delivery that ended first. DataError: it is too old.
     """
     keys = Keys(url, WRITE_SECONDS)
-    token, ttl = uuid.uuid4().hex, keys.ttl
-    begun = datetime.fromisoformat(night.manifest["clock"]["begun"]).timestamp() - SKEW
+    token, ttl, moment = uuid.uuid4().hex, keys.ttl, night.manifest["clock"]["begun"]
+    begun = datetime.fromisoformat(moment).timestamp() - SKEW
+    if begun < time.time() - OLDEST:
+        found = f"its histories were read at {moment}, and of users who were erased before the last {OLDEST // 86400} days"
+        raise DataError(f"{night.path}: {found} nothing is known; make a new night and deliver that")
     counts = {"users": 0, "rows": 0}
     try:
         with keys.errors(), keys.client.pipeline() as pipeline:
@@ -294,8 +302,8 @@ class RedisLists:
         with self._keys.errors():
             with client.pipeline() as pipeline:
                 pipeline.zadd(ERASED, {erased_digest(user_id): now})
-                pipeline.zremrangebyscore(ERASED, "-inf", now - self._keys.ttl)
-                pipeline.expire(ERASED, self._keys.ttl)
+                pipeline.zremrangebyscore(ERASED, "-inf", f"({now - MARKS}")
+                pipeline.expire(ERASED, MARKS)
                 pipeline.hkeys(NIGHTS)
                 nights = pipeline.execute()[-1]
             return bool(nights) and bool(client.delete(*(key_of(night.decode(), user_id) for night in nights)))

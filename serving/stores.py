@@ -43,6 +43,8 @@ DIGEST, LENGTH, NAME = 16, 4, 2
 """Bytes around a blob in a file: of whom it is, and its length; behind it, the length of the user's id, which follows."""
 WALKED = 1000
 """Users that are walked at once."""
+SECRET = r"password|passwd|pwd|signature|token|credential|secret|key|(?<![a-z])sig(?![a-z])"
+"""In the names of a URL's parameters that nobody is to see."""
 
 
 class Blobs(Protocol):
@@ -96,8 +98,9 @@ def checked(user: str) -> str:
 
 
 def hidden(url: str) -> str:
-    """A store's URL without its password."""
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^/@:]*:)[^/]*@", r"\1***@", url))
+    """A URL without its password, and without parameters that let in whoever has them, as signatures and tokens do."""
+    bare = re.sub(r"(://[^/@:]*:)[^/]*@", r"\1***@", url)
+    return re.sub(rf"([?&][\w.%~-]*(?:{SECRET})[\w.%~-]*=)[^&]*", r"\1***", bare, flags=re.IGNORECASE)
 
 
 def _broken(url: str, found: object, remedy: str) -> StoreError:

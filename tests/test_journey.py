@@ -1,12 +1,14 @@
 """One way, from raw events to three jobs that say the same."""
 
 import json
+import shutil
 
 import polars as pl
 import pytest
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM
+from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
 from tests.serving.online import asked
 
@@ -63,6 +65,56 @@ def test_nightly_and_the_command_name_the_same_items_in_the_same_order(world, ru
         answer = json.loads(capsys.readouterr().out)
         assert [item["item_id"] for item in answer["items"]] == night[user]
         assert not set(night[user]) & {int(item) for item in whole}
+
+
+@pytest.fixture
+def tracked(world, tmp_path):
+    """The bundle as if it had been trained with a store of MLflow, and the store."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with Tracking(TrackingSettings(uri=uri)).run("training") as training:
+        address = training.address
+    shutil.copytree(world / "bundle", tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    manifest["clock"]["run"]["tracking"] = address
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path / "bundle", uri
+
+
+def test_a_night_is_a_run_of_mlflow_whether_it_goes_live_or_not(world, tracked, run, tmp_path, capsys):
+    import mlflow
+
+    bundle, uri = tracked
+    words = ("nightly", bundle, "--dataset", world / "dataset", "--out", tmp_path / "lists", "-k", K)
+    assert run(*words, "--set", "guards.overlap=0.2") == 0
+    assert run(*words, "--now", "1000") == 3
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("recsys").experiment_id
+    refused, live, _ = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    assert (live.info.run_name, live.info.status, refused.info.status) == ("nightly lists", "FINISHED", "FAILED")
+    assert (live.data.tags["live"], refused.data.tags["live"]) == ("True", "False")
+    assert live.data.params["guards.overlap"] == "0.2"
+    assert [file.path for file in client.list_artifacts(live.info.run_id)] == ["night.json"]
+    assert live.data.metrics["users"] == 211 and live.data.metrics["guard_covered"] == 1
+    assert live.data.metrics["users_per_second"] > 0
+    assert refused.data.metrics["guard_popular"] == 1
+
+
+def test_mlflow_that_fails_does_not_stop_a_night(world, tracked, run, tmp_path, capsys, monkeypatch):
+    bundle, uri = tracked
+    words = ("nightly", bundle, "--dataset", world / "dataset", "--out", tmp_path / "lists", "-k", K)
+
+    def fails(*_, **__):
+        raise OSError("the server is\ngone")
+
+    monkeypatch.setattr(Tracking, "night", fails)
+    assert run(*words) == 0
+    assert "warning: the night is not recorded: the server is gone" in capsys.readouterr().err
+    assert run(*words, "--now", "1000") == 3
+    monkeypatch.undo()
+    (tmp_path / "mlflow.db").unlink()
+    assert run(*words) == 0
+    assert f"the night is not recorded: MLflow at {uri} has no store" in capsys.readouterr().err
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_explain_tells_what_carried_the_first_item_that_is_recommended(world, run, tmp_path, capsys):

@@ -8,7 +8,7 @@ usage: python -m tests.benchmarks.nightly_job speed BUNDLE --dataset DATASET [--
 With --items a bundle of untrained weights over made-up items and a data set of users with 50 events each are made, as the other
 benchmarks have them; else a data set is taken as often as `--times` says, each time under other user ids. *speed* runs, in turn
 and as many times as there are rounds, a full night (from the start of its processes to the live lists of 100) and the bare
-rate: in as many processes the model's, the ranker's and the index's calls of 2,048 users, recorded while their lists were made,
+rate (*steady*: from the first finished shard to the last): in as many processes the model's, the ranker's and the index's calls of 2,048 users, recorded while their lists were made,
 are repeated in a tight loop and nothing else. Prints a JSON line each, and medians. *memory* prints seconds and the peak of
 what the job's processes own together (PSS). *delta* runs a full night, changes a share of the users, and runs a night of what
 changed and a full one: seconds of each, and whether they are equal.
@@ -75,18 +75,21 @@ def main() -> None:
 
 def speed(args: argparse.Namespace, bundle: Path, place: Path) -> None:
     dataset = histories(args, bundle, place, args.users[0])
-    found: dict[str, list[float]] = {"night": [], "bare": []}
+    found: dict[str, list[float]] = {"night": [], "steady": [], "bare": []}
     for number in range(args.rounds):
         told = run(bundle, dataset, place / f"lists {number}", args)
         rate = bare(bundle, dataset, args.workers, args.no_ranker)
         found["night"].append(told["users"] / told["seconds"])
+        found["steady"].append(told["steady"])
         found["bare"].append(rate)
-        line = {"users": told["users"], "seconds": told["seconds"], "night": round(found["night"][-1]), "bare": round(rate)}
-        print(json.dumps(line), flush=True)
+        print(
+            json.dumps({"users": told["users"], "seconds": told["seconds"], **{n: round(r[-1]) for n, r in found.items()}}),
+            flush=True,
+        )
         shutil.rmtree(place / f"lists {number}")
-    night, alone = (statistics.median(rates) for rates in found.values())
-    shares = sorted(round(one / other, 3) for one, other in zip(*found.values(), strict=True))
-    print(json.dumps({"night": round(night), "bare": round(alone), "share": round(night / alone, 3), "shares": shares}))
+    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    shares = {name: round(medians[name] / medians["bare"], 3) for name in ("night", "steady")}
+    print(json.dumps({"medians": {name: round(rate) for name, rate in medians.items()}, "share of bare": shares}))
 
 
 def memory(args: argparse.Namespace, bundle: Path, place: Path) -> None:
@@ -127,11 +130,28 @@ def run(bundle: Path, dataset: Path, out: Path, args: argparse.Namespace) -> dic
 def one(bundle: Path, dataset: Path, out: Path, workers: int, no_ranker: bool) -> dict[str, Any]:
     recommender = Recommender.load(bundle, verify=False, threads=1)
     assert not (no_ranker and recommender.ranker_blocks), "export the bundle with --set serving.ranker_blocks=0"
+    heard: list[tuple[float, int]] = []
+
+    def listen(what: str, done: int, of: int) -> None:
+        if what == "nightly":
+            heard.append((time.perf_counter(), done))
+
     night = nightly(
-        recommender, dataset_source(dataset), Nights(out), Terms(k=K, now=NOW), engine=Processes(bundle, workers)
-    ).manifest  # fmt: skip
-    seconds = night["clock"]["seconds"]
-    return {"users": night["users"], "seconds": seconds, "hash": night["hash"], "computed": night["clock"]["computed"]}
+        recommender,
+        dataset_source(dataset),
+        Nights(out),
+        Terms(k=K, now=NOW),
+        engine=Processes(bundle, workers),
+        progress=listen,
+    ).manifest
+    (begin, before), (end, after) = heard[0], heard[-1]
+    return {
+        "users": night["users"],
+        "seconds": night["clock"]["seconds"],
+        "steady": round((after - before) / max(end - begin, 1e-9)),
+        "hash": night["hash"],
+        "computed": night["clock"]["computed"],
+    }
 
 
 def owned(pid: int, peak: list[int], over: threading.Event) -> None:

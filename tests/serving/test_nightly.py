@@ -21,16 +21,19 @@ import pytest
 
 from features.build import build
 from features.dataset import Dataset
+from features.schema import DataSettings
 from recsys.batch import FIRST_ITEM
 from recsys.bundle import sha256
 from recsys.config import Recipe
-from recsys.errors import DataError, GuardError, RecsysError, RequestError
+from recsys.errors import BundleError, DataError, GuardError, RecsysError, RequestError
 from serving import shards as making
 from serving.engine import Recommender
 from serving.export import export
 from serving.guards import GuardSettings
+from serving.history import KEEP, open_store
+from serving.history import Event as Visit
 from serving.index import IndexSettings
-from serving.intake import dataset_source
+from serving.intake import dataset_source, events_source, store_source
 from serving.nightly import NightlySettings, nightly
 from serving.nights import LIVE, Night, Nights, lists_file, shard_of, users_file
 from serving.shards import Facts, Task, Terms
@@ -320,7 +323,9 @@ def counted(name):
 for name in real:
     setattr(os, name, counted(name))
 from serving.engine import Recommender
-from serving.intake import dataset_source
+from serving.history import KEEP, open_store
+from serving.history import Event as Visit
+from serving.intake import dataset_source, events_source, store_source
 from serving.nightly import nightly
 from serving.nights import Nights
 from serving.shards import Terms
@@ -433,6 +438,32 @@ def test_two_jobs_do_not_make_a_night_in_one_folder(recommender: Recommender, da
         score_all(recommender, dataset, tmp_path, K)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_store_that_is_empty_is_said_and_read_again(
+    workers: int, bundles: dict[str, Path], recommender: Recommender, tmp_path: Path
+) -> None:
+    url = f"sqlite:{tmp_path / 'histories'}"
+    store = open_store(url)
+    nights, engine = Nights(tmp_path / "lists"), Processes(bundles["exact"], workers)
+    with pytest.raises(DataError, match=f"{url}: has no user; give histories"):
+        nightly(recommender, store_source(url, KEEP), nights, Terms(k=K), engine=engine)
+    store.append("grace", [Visit(1, 10**9), Visit(5, 10**9 + 1)])
+    night = nightly(recommender, store_source(url, KEEP), nights, Terms(k=K))
+    assert (night.manifest["users"], night.manifest["events"]) == (1, 2)
+    answer = recommender.answer([1, 5], K)
+    assert lists_of(tmp_path / "lists")["item_id"].to_list() == [item["item_id"] for item in answer["items"]]
+    with pytest.raises(RequestError, match="workers are 0"):
+        Processes(bundles["exact"], 0)
+
+
+def test_a_process_that_finds_another_bundle_ends_the_night(
+    bundles: dict[str, Path], recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=f"holds bundle .*, the night is of {recommender.id}; start it again"):
+        score_all(recommender, dataset, tmp_path, K, engine=Processes(bundles["ivf"], 1))
+    assert Nights(tmp_path).live() is None
+
+
 # Guards
 
 
@@ -514,6 +545,30 @@ def depth(recommender: Recommender) -> Any:
 
 def index(recommender: Recommender) -> Any:
     return IndexSettings()
+
+
+def test_a_night_that_was_refused_is_begun_anew_unless_it_is_forced(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(GuardError, match="nothing is live"):
+        nightly(recommender, dataset_source(dataset.path), Nights(tmp_path), Terms(k=K, now=1000))
+    told: list[str] = []
+    with pytest.raises(GuardError):
+        nightly(recommender, dataset_source(dataset.path), Nights(tmp_path), Terms(k=K, now=1000), tell=told.append)
+    assert "was refused by its guards; begun anew" in told[0]
+    night = nightly(recommender, dataset_source(dataset.path), Nights(tmp_path), Terms(k=K, now=1000), force=True)
+    assert (night.manifest["clock"]["computed"], night.manifest["clock"]["found"]) == (0, 211)
+
+
+def test_users_that_are_all_called_otherwise_trip_the_overlap(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
+    score_all(recommender, dataset, tmp_path / "lists", K, NOW)
+    events = dataset.events.select(pl.format("U-{}", "user_id").alias("user_id"), "item_id", "timestamp").collect()
+    events.write_parquet(tmp_path / "events.parquet")
+    source = events_source(str(tmp_path / "events.parquet"), DataSettings())
+    with pytest.raises(GuardError, match=r"overlap is 0, at least 0\.1"):
+        nightly(recommender, source, Nights(tmp_path / "lists"), Terms(k=K, now=NOW))
 
 
 def test_a_first_night_is_compared_with_nothing(whole: Night) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def write_night(
             parts.append({"users": len(mine), "rows": len(table), "underfilled": short, "popular": 0})
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
         said = {"bundle": "made-up", "terms": {"k": k, "now": 1_700_000_000}, "shards": shards, **total, "parts": parts}
-        said |= {"listed": sum(map(bool, lists.values())), "clock": {"begun": "2026-01-02T03:00:05+00:00"}}
+        said |= {"listed": sum(map(bool, lists.values())), "clock": {"begun": datetime.now(UTC).isoformat()}}
         return nights.publish(files, said | manifest, keep)
 
 
