@@ -83,15 +83,15 @@ def run(
 
 
 def _deliver(night: Night, to: Sequence[str], progress: Callable[[str, int, int], None]) -> None:
-    """Raises RecsysError: the first that failed, after all were tried."""
-    failed: list[RecsysError] = []
+    """Raises RecsysError: what failed, after all were tried."""
+    failed: list[str] = []
     for url in to:
         try:
             deliver(night, url, lambda done, of: progress("deliver", done, of))
         except RecsysError as error:
-            failed.append(error)
+            failed.append(str(error))
     if failed:
-        raise failed[0]
+        raise RecsysError(f"{'; '.join(failed)}; the night is live: deliver it again with recsys deliver")
 
 
 def _source(kind: str, place: str, recipe: Recipe) -> Source:

@@ -92,11 +92,11 @@ class Dealt:
     """Events that are left out because they are `later` than now, or `duplicate`: an earlier one says the same."""
 
 
-def dataset_source(path: Path, verify: bool = True) -> Source:
-    """The directory that `recsys features` made. Raises DataError: it is none, or, with `verify`, altered."""
+def dataset_source(path: Path) -> Source:
+    """The directory that `recsys features` made. Raises DataError: it is none, or altered."""
     from features.dataset import Dataset
 
-    return _Sequences(Dataset.open(path, verify))
+    return _Sequences(Dataset.open(path))
 
 
 def store_source(url: str, keep: int) -> Source:
@@ -261,6 +261,8 @@ class _Sequences:
     def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
         import polars as pl
 
+        from features.dataset import Dataset
+
         parts, users, events = _Parts(folder, shards), 0, 0
         table = pl.scan_parquet(self._dataset.path / "sequences.parquet")
         table = table.select("user_id", pl.col("items").alias("item_id"), pl.col("timestamps").alias("timestamp"))
@@ -270,7 +272,7 @@ class _Sequences:
             users, events = users + len(rows), events + length
             progress(users, self.users)
         parts.close(lambda: self._dataset.items["item_id"], {"kind": "dataset", "now": now})
-        if dataset_source(self._dataset.path, verify=False).identity != self.identity:
+        if Dataset.open(self._dataset.path, verify=False).manifest["hash"] != self.identity["hash"]:
             raise _changed(str(self._dataset.path))
         return {"events": events}
 

@@ -155,8 +155,8 @@ def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Call
     token, ttl, moment = uuid.uuid4().hex, keys.ttl, night.manifest["clock"]["begun"]
     begun = datetime.fromisoformat(moment).timestamp() - SKEW
     if begun < time.time() - OLDEST:
-        found = f"its histories were read at {moment}, and of users who were erased before the last {OLDEST // 86400} days"
-        raise DataError(f"{night.path}: {found} nothing is known; make a new night and deliver that")
+        found = f"was begun at {moment}, more than {OLDEST // 86400} days ago, and who was erased since is not known"
+        raise DataError(f"{night.path}: {found}; make a new night and deliver that")
     counts = {"users": 0, "rows": 0}
     try:
         with keys.errors(), keys.client.pipeline() as pipeline:

@@ -6,12 +6,13 @@ usage: python -m tests.benchmarks.nightly_job speed BUNDLE --dataset DATASET [--
        python -m tests.benchmarks.nightly_job delta --items 100000 --users 200000 [--changed .03] [--no-ranker] …
 
 With --items a bundle of untrained weights over made-up items and a data set of users with 50 events each are made, as the other
-benchmarks have them; else a data set is taken as often as `--times` says, each time under other user ids. *speed* runs, in turn
-and as many times as there are rounds, a full night (from the start of its processes to the live lists of 100) and the bare
-rate (*steady*: from the first finished shard to the last): in as many processes the model's, the ranker's and the index's calls of 2,048 users, recorded while their lists were made,
-are repeated in a tight loop and nothing else. Prints a JSON line each, and medians. *memory* prints seconds and the peak of
-what the job's processes own together (PSS). *delta* runs a full night, changes a share of the users, and runs a night of what
-changed and a full one: seconds of each, and whether they are equal.
+benchmarks have them; else a data set is taken as often as `--times` says, each time under other user ids. *speed* runs, in
+turn and as many times as there are rounds, a full night (from the start of its processes to the live lists of 100) and the
+bare rate (*steady*: from the first finished shard to the last): in as many processes the model's, the ranker's and the index's
+calls of 2,048 users, recorded while their lists were made, are repeated in a tight loop and nothing else. Prints a JSON line
+each, and medians. *memory* prints seconds and the peak of what the job's processes own together (PSS). *delta* runs a full
+night, changes a share of the users, and runs a night of what changed and a full one: seconds of each, and whether they are
+equal.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def one(bundle: Path, dataset: Path, out: Path, workers: int, no_ranker: bool) -
         engine=Processes(bundle, workers),
         progress=listen,
     ).manifest
-    (begin, before), (end, after) = heard[0], heard[-1]
+    (begin, before), (end, after) = heard[workers - 1], heard[-1]  # each process has made a shard, and each the last one
     return {
         "users": night["users"],
         "seconds": night["clock"]["seconds"],

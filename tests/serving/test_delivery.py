@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 from recsys.errors import DataError, SetupError, StoreError
 from serving import delivery, redis_lists
 from serving.delivery import deliver
-from serving.nights import Night, Nights
+from serving.nights import Night, Nights, erased_digest
 from serving.redis_lists import PREFIX, RedisLists
 from tests.serving.servers import RedisServer, postgres_database, redis_server
 from tests.serving.writers import deliver_until_killed, lists_of, write_night
@@ -393,6 +394,28 @@ def test_an_erased_user_is_gone_from_all_nights_and_comes_back_with_none_that_wa
     lists.close()
 
 
+def test_a_night_that_is_older_than_the_marks_of_who_was_erased_is_refused(url: str, keys: Any, tmp_path: Path) -> None:
+    wanted = lists_of(["u-1", "u-2"], ITEMS, 3)
+    old, older = (
+        write_night(tmp_path, wanted, clock={"begun": (datetime.now(UTC) - timedelta(days=days)).isoformat()})
+        for days in (29, 31)
+    )
+    lists = RedisLists(f"{url}?ttl=1")  # of the keys of lists, not of the marks
+    lists.erase("u-2")
+    month = 30 * 24 * 3600
+    assert keys.ttl("recsys:lists:erased") > month
+    keys.zadd("recsys:lists:erased", {erased_digest("u-1"): time.time() - month, "forgotten": time.time() - 2 * month})
+    lists.erase("u-2")
+    assert keys.zcard("recsys:lists:erased") == 2
+    assert deliver(old, url) == {"users": 1, "rows": 3}
+    assert lists.of("u-2") == []
+    with pytest.raises(DataError, match="more than 30 days ago") as refused:
+        deliver(older, url)
+    assert "\n" not in str(refused.value)
+    assert lists.of("u-1") == wanted["u-1"]
+    lists.close()
+
+
 def test_who_is_erased_before_a_batch_is_written_is_not_in_it(url: str, keys: Any, tmp_path: Path) -> None:
     wanted = lists_of(range(1009), ITEMS, 3)
     night = write_night(tmp_path, wanted, 1)
@@ -541,10 +564,35 @@ def test_what_is_no_table_of_lists_is_never_replaced(there: str, base: Any, tmp_
             deliver(night, f"{there}?table={name}")
     assert base.execute("SELECT * FROM users").fetchall() == [(7, "kept")]
     deliver(night, there)
+
+
+def test_what_depends_on_the_table_is_named_and_a_function_may_read_it(there: str, base: Any, tmp_path: Path) -> None:
+    deliver(write_night(tmp_path, {1: [(2, 0.5)]}), there)
     base.execute("CREATE VIEW on_it AS SELECT * FROM recommendations")
-    with pytest.raises(StoreError, match="other objects depend on it"):
-        deliver(write_night(tmp_path, {1: [(3, 0.5)]}), there)
+    second = write_night(tmp_path, {1: [(3, 0.5)]})
+    with pytest.raises(StoreError, match="view on_it depends on table recommendations, so the old lists stay; drop that"):
+        deliver(second, there)
     assert table(base) == {1: [(2, 0.5)]}
+    base.execute("DROP VIEW on_it")
+    base.execute("CREATE FUNCTION of_one() RETURNS SETOF bigint LANGUAGE sql AS 'SELECT item_id FROM recommendations'")
+    deliver(second, there)
+    assert base.execute("SELECT of_one()").fetchall() == [(3,)]
+
+
+def test_a_table_whose_ids_are_of_another_type_is_not_replaced(there: str, base: Any, tmp_path: Path) -> None:
+    deliver(write_night(tmp_path, {1: [(2, 0.5)]}, because={1: [7]}), there)
+    for lists, because, said in (
+        ({"a": [(2, 0.5)]}, {"a": [7]}, "user_id as BIGINT, and these lists as TEXT"),
+        ({1: [("a", 0.5)]}, {1: ["b"]}, "item_id as BIGINT, and these lists as TEXT"),
+    ):
+        with pytest.raises(
+            SetupError, match=f"recommendations has {said}, so it is not replaced; give another name"
+        ) as refused:
+            deliver(write_night(tmp_path, lists, because=because), there)
+        assert "\n" not in str(refused.value)
+        assert table(base) == {1: [(2, 0.5)]}
+    deliver(write_night(tmp_path, {1: [(3, 0.5)]}), there)  # without reasons
+    assert table(base) == {1: [(3, 0.5)]}
 
 
 def test_a_nul_is_refused_in_one_line_that_names_nobody(there: str, base: Any, tmp_path: Path) -> None:

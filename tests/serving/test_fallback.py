@@ -1,9 +1,11 @@
 """Lists for when none can be computed."""
 
 import multiprocessing
+import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ from recsys.errors import DataError, SetupError
 from serving import fallback as module
 from serving.engine import Recommender
 from serving.fallback import NightlyLists, erase_from, nightly, open_lists, popular
-from serving.nights import Night, Nights, erased_digest, shard_of
-from tests.serving.writers import erase_until_killed, lists_of, write_night
+from serving.nights import Night, Nights, erased_digest, lists_file, shard_of, users_file, without
+from tests.serving.writers import erase, finish, killed_at_each_step, lists_of, write_night
 
 K = 11
 STEPS = 29
-"""More than an erasure changes names."""
+"""More than an erasure, or the last steps of a night, change names."""
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +172,26 @@ def test_the_last_user_may_be_erased(tmp_path: Path) -> None:
     assert len(lists) == len(NightlyLists(tmp_path)) == 0
 
 
-def test_an_erasure_that_is_killed_leaves_the_old_night_or_the_new_and_the_next_call_cleans_up(tmp_path: Path) -> None:
-    """A child erases and is killed at one file operation after the other, until it gets through."""
-    wanted = lists_of(range(23), range(2, 43), 5)
-    less = {user: listed for user, listed in wanted.items() if user != 7}
-    name = write_night(tmp_path / "lists", wanted).path.name
-    folders = [shutil.copytree(tmp_path / "lists", tmp_path / str(last), symlinks=True) for last in range(STEPS)]
-    ends = multiprocessing.get_context("spawn").Queue()
-    child = multiprocessing.get_context("spawn").Process(target=erase_until_killed, args=(folders, "7", ends))
+def killed(whole: Path, copies: Path, work: Callable[[Path], None]) -> tuple[list[Path], int]:
+    """Copies of a folder in each of which a child did the same and was killed one step later; and the place of the first in
+    which it got through."""
+    folders = [shutil.copytree(whole, copies / str(last), symlinks=True) for last in range(STEPS)]
+    spawned = multiprocessing.get_context("spawn")
+    ends = spawned.Queue()
+    child = spawned.Process(target=killed_at_each_step, args=(folders, work, ends))
     child.start()
     codes = [ends.get(timeout=60) for _ in folders]
     child.join()
     assert codes == sorted(codes)
     assert {codes[0], codes[-1]} == {-signal.SIGKILL, 0}
+    return folders, codes.index(0)
+
+
+def test_an_erasure_that_is_killed_leaves_the_old_night_or_the_new_and_the_next_call_cleans_up(tmp_path: Path) -> None:
+    wanted = lists_of(range(23), range(2, 43), 5)
+    less = {user: listed for user, listed in wanted.items() if user != 7}
+    name = write_night(tmp_path / "lists", wanted).path.name
+    folders, through = killed(tmp_path / "lists", tmp_path, partial(erase, user_id="7"))
     kept = []
     for folder in folders:
         left = told(folder)
@@ -192,7 +201,79 @@ def test_an_erasure_that_is_killed_leaves_the_old_night_or_the_new_and_the_next_
         assert told(folder) == less
         assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".work.lock", "live", "nights"]
         assert [found.name for found in (folder / "nights").iterdir()] == [name]
-    assert (kept[0], kept[codes.index(0) - 1]) == (True, False)
+    assert (kept[0], kept[through - 1]) == (True, False)
+
+
+def sealed(folder: Path) -> tuple[Night, dict[Any, list[tuple[Any, float]]]]:
+    """Two nights in a folder, and a third one in the making, which is sealed; the last of the two, and the lists of all."""
+    wanted = lists_of(range(23), range(2, 43), 5)
+    write_night(folder, wanted)
+    second = write_night(folder, wanted)
+    shutil.copytree(second.path, folder / "work")
+    return second, wanted
+
+
+def test_a_night_that_is_killed_while_it_goes_live_goes_live_and_what_is_half_deleted_is_deleted(tmp_path: Path) -> None:
+    second, wanted = sealed(tmp_path / "lists")
+    less = {user: listed for user, listed in wanted.items() if user != 7}
+    folders, through = killed(tmp_path / "lists", tmp_path, finish)
+    assert through > 7  # the link, the night, the link again, and the files of the first night
+    half = 0
+    for folder in folders:
+        assert told(folder) == wanted
+        other = shutil.copytree(folder, folder.with_name(f"erased {folder.name}"), symlinks=True)
+        finish(folder)
+        assert Night.open(folder, verify=True).path.name > second.path.name
+        assert told(folder) == wanted
+        half += any(not (found / "manifest.json").exists() for found in (other / "nights").iterdir())
+        assert Nights(other).erase("7")
+        assert told(other) == less
+        nights = sorted((other / "nights").iterdir())
+        assert len(nights) in (2, 3)
+        for night in nights:
+            assert Night.open(night, verify=True).manifest["users"] == 22
+        assert not (other / "work").exists()
+    assert half > 3
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "lists-00001.parquet"])
+def test_what_is_left_of_a_night_keeps_nobody_and_stops_no_erasure(gone: str, tmp_path: Path) -> None:
+    wanted = lists_of(range(23), range(2, 43), 5)
+    first, second = (write_night(tmp_path, wanted) for _ in range(2))
+    (first.path / gone).unlink()
+    assert Nights(tmp_path).erase("7")
+    assert [found.name for found in (tmp_path / "nights").iterdir()] == [second.path.name]
+    assert 7 not in told(tmp_path)
+    (second.path / gone).unlink()
+    with pytest.raises(DataError, match=gone):  # readers are at it: it is not deleted
+        Nights(tmp_path).erase("11")
+    assert second.lists(0).exists()
+
+
+def test_a_night_to_which_readers_were_led_back_stays_live_until_the_next_one_is_made(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    first, _ = (write_night(tmp_path, {user: [(2, 0.5)]}) for user in "ab")
+    nights.point(first.path.name)
+    with nights.making():
+        assert nights.finish(2) is None
+    assert told(tmp_path).keys() == {"a"}
+    with pytest.raises(DataError, match="no manifest"):
+        nights.point("another")
+    assert told(tmp_path).keys() == {"a"}
+    third = write_night(tmp_path, {"c": [(2, 0.5)]})
+    assert told(tmp_path).keys() == {"c"}
+    assert sorted((tmp_path / "nights").iterdir()) == [first.path, third.path]  # readers may still be at the first
+
+
+def test_a_link_to_no_night_is_left_alone_and_said(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    night = write_night(tmp_path, {"a": [(2, 0.5)]})
+    shutil.rmtree(night.path)
+    with nights.making():
+        assert nights.finish(2) is None
+    assert Path(os.readlink(tmp_path / "live")).name == night.path.name
+    with pytest.raises(DataError, match="is not there; let it name a folder of"):
+        nights.live()
 
 
 def test_a_user_who_is_erased_while_a_night_is_made_is_not_in_it(tmp_path: Path) -> None:
@@ -213,6 +294,29 @@ def test_a_user_who_is_erased_while_a_night_is_made_is_not_in_it(tmp_path: Path)
     assert (second.manifest["rows"], second.manifest["listed"]) == (5 * 99, 99)
     assert nights.unwanted() == set()
     assert {found.name for found in second.path.iterdir()} == {*first.manifest["files"], "manifest.json"}
+
+
+def test_a_user_who_is_erased_before_a_sealed_night_is_finished_is_not_in_it(tmp_path: Path) -> None:
+    second, wanted = sealed(tmp_path)
+    nights = Nights(tmp_path)
+    with nights.making():
+        assert nights.erase("7")
+        assert nights.finish(2) is None
+        said = {key: value for key, value in second.manifest.items() if key not in ("files", "hash", "id", "format")}
+        third = nights.publish(second.manifest["files"], said, 2)
+    assert third.path.name > second.path.name
+    assert told(tmp_path) == {user: listed for user, listed in wanted.items() if user != 7}
+
+
+def test_only_the_shards_of_erased_users_are_read_and_lists_only_where_somebody_leaves(tmp_path: Path) -> None:
+    work, shards = write_night(tmp_path, lists_of(range(101), range(2, 43), 5), 7).path, 7
+    here, nowhere = shard_of("7", shards), next(user for user in "abcdefgh" if shard_of(user, shards) != shard_of("7", shards))
+    for shard in set(range(shards)) - {here}:
+        (work / lists_file(shard)).write_text("nothing")
+        if shard != shard_of(nowhere, shards):
+            (work / users_file(shard)).write_text("nothing")
+    lost = without(work, shards, {erased_digest("7"), erased_digest(nowhere)}, 5)
+    assert lost == {here: {"users": 1, "rows": 5, "listed": 1, "underfilled": 0, "popular": 0}}
 
 
 def test_a_night_that_nobody_is_making_is_deleted_when_somebody_is_erased(tmp_path: Path) -> None:

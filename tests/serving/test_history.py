@@ -22,7 +22,7 @@ from recsys.config import Recipe
 from recsys.errors import RequestError, SetupError, StoreError
 from serving import stores
 from serving.history import Event, HistoryStore, import_dataset, merged, open_store
-from serving.stores import STORES
+from serving.stores import STORES, hidden
 from tests.serving.servers import RedisServer, redis_server
 from tests.serving.writers import fill_the_disk, load_much, visits, work_alone
 
@@ -483,6 +483,23 @@ def test_redis_may_be_down_when_the_store_is_opened() -> None:
         server.start()
         store.check()
         store.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "sslpassword", "PASSWORD", "signature", "X-Goog-Signature", "x-amz-signature", "sig", "Sig"),
+        *("X-Amz-Credential", "X-Amz-Security-Token", "token", "AWSAccessKeyId", "api_key", "client-secret"),
+    ],
+)
+def test_what_lets_in_whoever_has_it_is_not_shown(name: str) -> None:
+    assert hidden(f"https://shop/x?{name}=canary%2F7&rows=7") == f"https://shop/x?{name}=***&rows=7"
+    assert hidden(f"redis://u:canary@h/0?db=7&{name}=canary") == f"redis://u:***@h/0?db=7&{name}=***"
+
+
+def test_what_everybody_may_see_is_shown() -> None:
+    for url in ("redis://h:6379/0?ttl=7&design=signal", "postgresql://u@h/d?table=lists&connect_timeout=7", "sqlite:a?b=c"):
+        assert hidden(url) == url
 
 
 def test_a_password_is_used_and_never_told() -> None:

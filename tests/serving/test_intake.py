@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,8 +115,6 @@ def test_a_grown_data_set_has_the_rows_that_evaluation_gives_it(dataset: Dataset
 
 
 def test_a_folder_that_is_dealt_anew_is_read_anew(dataset: Dataset, shop: Dataset, tmp_path: Path) -> None:
-    import shutil
-
     catalogue = own(dataset)
     for each in (dataset, shop):
         found, _ = all_of(dataset_source(each.path), tmp_path / "dealt", catalogue)
@@ -221,6 +221,56 @@ def test_a_source_says_that_it_holds_something_else(dataset: Dataset, tmp_path: 
     drawn(2, True).write_parquet(tmp_path / "events.parquet")
     assert events_source(str(tmp_path), DataSettings()).identity != first.identity
     assert dataset_source(dataset.path).identity["hash"] == dataset.manifest["hash"]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "events"])
+def test_what_is_written_anew_while_it_is_dealt_is_refused(
+    kind: str, dataset: Dataset, shop: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "USERS", 11)
+    place = tmp_path / "source"
+    if kind == "dataset":
+        shutil.copytree(dataset.path, place)
+        source = dataset_source(place)
+    else:
+        drawn(1, True).write_parquet(place)
+        source = events_source(str(place), DataSettings())
+
+    def renew(done: int, of: int) -> None:
+        if kind == "dataset" and place.exists():
+            shutil.rmtree(place)
+            shutil.copytree(shop.path, place)
+        elif kind == "events":
+            drawn(2, True).write_parquet(place)
+
+    source.deal(tmp_path / "dealt", SHARDS, None, lambda done, of: None)
+    with pytest.raises(DataError, match=f"{place}: was written anew while it was read"):
+        source.deal(tmp_path / "again", SHARDS, None, renew)
+
+
+def test_the_same_words_in_another_directory_are_another_source(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        shutil.copytree(dataset.path, "dataset")
+        table = Path("events.parquet")
+        drawn(1, True).write_parquet(table)
+        os.utime(table, ns=(7, 7))
+        open_store("sqlite:store").close()
+        sources = [dataset_source(Path("dataset")), store_source("sqlite:store", 7), store_source("store", 7)]
+        sources += [
+            events_source(place, DataSettings()) for place in ("events.parquet", "*.parquet", f"file://{table.absolute()}")
+        ]
+        told.append([source.identity for source in sources])
+    assert all(one != two for one, two in zip(*told, strict=True))
+    assert told[0][1] == told[0][2] == {"kind": "store", "url": f"sqlite:{tmp_path / 'one' / 'store'}", "keep": 7}
+    assert {said["path"] for said in told[1] if "path" in said} == {
+        *(str(tmp_path / "two" / name) for name in ("dataset", "events.parquet", "*.parquet")),
+        f"file://{tmp_path / 'two' / 'events.parquet'}",
+    }
 
 
 # elsewhere

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -112,29 +112,45 @@ def lists_of(users: Sequence[Any], items: Sequence[Any], k: int) -> dict[Any, li
     }
 
 
-def erase_until_killed(folders: Sequence[Path], user_id: str, ends: Any) -> None:
-    """Erase a user from each folder, killed at a later change of a name each time; `ends` gets how each ended."""
+def erase(folder: Path, user_id: str) -> None:
+    """Take a user out of the nights of a folder."""
+    from serving.nights import Nights
+
+    Nights(folder).erase(user_id)
+
+
+def finish(folder: Path) -> None:
+    """Make the sealed night of a folder live."""
+    from serving.nights import Nights
+
+    nights = Nights(folder)
+    with nights.making():
+        nights.finish(2)
+
+
+def killed_at_each_step(folders: Sequence[Path], work: Callable[[Path], None], ends: Any) -> None:
+    """Do the same in each folder, killed at a later change of a name each time; `ends` gets how each ended."""
     import shutil
 
-    from serving.nights import Nights
+    import serving.nights  # noqa: F401  # once, before the others are forked, which takes each of them seconds
 
     for last, folder in enumerate(folders):
         child = os.fork()
         if child == 0:
             changes = iter(range(last))
 
-            def counted(work: Any, changes: Any = changes) -> Any:
+            def counted(act: Any, changes: Any = changes) -> Any:
                 def change(*words: Any, **options: Any) -> Any:
                     if next(changes, None) is None:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    return work(*words, **options)
+                    return act(*words, **options)
 
                 return change
 
             for name in ("rename", "replace", "link", "symlink", "unlink"):
                 setattr(os, name, counted(getattr(os, name)))
             shutil.rmtree = counted(shutil.rmtree)
-            Nights(folder).erase(user_id)
+            work(folder)
             os._exit(0)
         ends.put(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
