@@ -54,8 +54,8 @@ def deliver(night: Night, url: str, progress: Progress = lambda done, of: None) 
     postgresql://USER@HOST/DATABASE?table=SCHEMA.NAME: a table, by default `recommendations`.
     A delivery that fails or is killed leaves the lists that were there. If a user is erased from the night meanwhile, it begins
     anew. `progress` hears (users done, users in all). Returns users, those with a list, and rows.
-    Raises SetupError: another kind of URL, or without its package. StoreError: the server says no. DataError: the night is no
-    longer there, or holds what the server cannot.
+    Raises SetupError: another kind of URL, or without its package; a table that is none of such lists. StoreError: the server
+    says no. DataError: the night is no longer there, is too old, or holds what the server cannot.
     """
     kind = url.partition("://")[0]
     if kind not in DELIVERIES:

@@ -47,7 +47,7 @@ class NightlySettings(Settings):
 
     section: ClassVar[str] = "nightly"
 
-    users_per_shard: int = 8192
+    users_per_shard: int = 4096
     """Users of a shard, at most about; fewer where lists are long. Another number makes a full night of the next one."""
     keep: int = 2
     """Nights that stay, the live one among them and the one before it, which readers may still be at."""

@@ -633,7 +633,7 @@ def test_what_cannot_be_is_named(recommender: Recommender, dataset: Dataset, tmp
 
 def test_shards_grow_with_the_users_and_with_the_length_of_lists() -> None:
     settings = NightlySettings()
-    assert [settings.shards(users, 100) for users in (0, 1, 65_536, 65_537, 10**6, 10**7)] == [8, 8, 8, 16, 128, 2048]
+    assert [settings.shards(users, 100) for users in (0, 1, 32_768, 32_769, 10**6, 10**7)] == [8, 8, 8, 16, 256, 4096]
     assert settings.shards(10**6, 1000) == 1024
 
 
