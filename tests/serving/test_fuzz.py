@@ -21,8 +21,9 @@ CASES = int(os.environ.get("RECSYS_FUZZ", "11"))
 CONFIG = """
 [checks]
 positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409", "422"]
+negative_data_rejection.expected-statuses = ["400", "404", "405", "409", "413", "415", "422"]
 """
-"""What is of the right form may still name an item that is not there."""
+"""What is of the right form may still name an item that is not there; a list that is too long may make the body too large."""
 
 
 @pytest.fixture(scope="module")
