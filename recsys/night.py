@@ -14,7 +14,7 @@ from recsys.config import Recipe, Settings
 from recsys.errors import GuardError, RecsysError
 from recsys.tracking import Tracking
 from serving.admission import OnlineSettings
-from serving.delivery import deliver
+from serving.delivery import deliver, delivery_to
 from serving.engine import Recommender
 from serving.guards import GuardSettings
 from serving.intake import Source, dataset_source, events_source, store_source
@@ -55,6 +55,8 @@ def run(
     warn: Callable[[str], None],
 ) -> Night:
     """Make the night of the histories `given` as (dataset, store or events; its place), deliver it and record it."""
+    for url in to:
+        delivery_to(url)  # before the work, not after it
     recommender = Recommender.load(bundle, device=choose_device(device).type, threads=1)
     recipe = merge(recommender.manifest["recipe"], *OWNERS)
     conditions = recommender.catalogue.attributes.read(where) if where else {}

@@ -19,7 +19,7 @@ from recsys.errors import DataError, RecsysError, SetupError, StoreError
 from serving import redis_lists
 from serving.nights import Night
 from serving.redis_lists import parameter
-from serving.stores import hidden
+from serving.stores import REDIS, hidden
 
 if TYPE_CHECKING:
     import polars as pl
@@ -41,6 +41,7 @@ ANEW = 5
 COLUMNS = ["user_id", "item_id", "rank", "score"]
 
 Progress = Callable[[int, int], None]
+Delivery = Callable[[Night, str, Callable[[int], None]], dict[str, int]]
 
 
 class _Changed(RecsysError):
@@ -57,15 +58,21 @@ def deliver(night: Night, url: str, progress: Progress = lambda done, of: None) 
     Raises SetupError: another kind of URL, or without its package; a table that is none of such lists. StoreError: the server
     says no. DataError: the night is no longer there, is too old, or holds what the server cannot.
     """
-    kind = url.partition("://")[0]
-    if kind not in DELIVERIES:
-        raise SetupError(f"{hidden(url)}: lists cannot be delivered there; give a URL that begins with {', '.join(DELIVERIES)}")
+    delivery = delivery_to(url)
     for _ in range(ANEW):
         try:
-            return DELIVERIES[kind](night, url, partial(_told, progress, night))
+            return delivery(night, url, partial(_told, progress, night))
         except _Changed:
             night = Night.open(night.path)
     raise DataError(f"{night.path}: users were erased {ANEW} times while the lists were delivered; deliver again")
+
+
+def delivery_to(url: str) -> Delivery:
+    """What delivers to such a URL. Raises SetupError: nothing does."""
+    kind = url.partition("://")[0]
+    if kind not in DELIVERIES:
+        raise SetupError(f"{hidden(url)}: lists cannot be delivered there; give a URL that begins with {', '.join(DELIVERIES)}")
+    return DELIVERIES[kind]
 
 
 def _told(progress: Progress, night: Night, done: int) -> None:
@@ -132,7 +139,7 @@ class _Table:
         from psycopg import sql
 
         self.connection, self.shown, self.name = connection, shown, ".".join(place)
-        schema = place[0] if len(place) == 2 else connection.execute("SELECT current_schema()").fetchone()[0]  # type: ignore[index]
+        schema = place[0] if len(place) == 2 else self._one("SELECT current_schema()")[0]
         if schema is None:
             raise SetupError(f"{shown}: there is no schema for {self.name}; give table=SCHEMA.NAME")
         self.schema, self.table = schema, place[-1]
@@ -294,8 +301,8 @@ def _role(everybody: bool, name: str) -> Any:
     return sql.SQL("PUBLIC") if everybody else sql.Identifier(name)
 
 
-DELIVERIES: dict[str, Callable[[Night, str, Callable[[int], None]], dict[str, int]]] = {
-    **dict.fromkeys(redis_lists.KINDS, _to_redis),
+DELIVERIES: dict[str, Delivery] = {
+    **dict.fromkeys(REDIS, _to_redis),
     "postgresql": _to_postgresql,
     "postgres": _to_postgresql,
 }

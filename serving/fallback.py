@@ -17,8 +17,8 @@ from recsys.batch import FIRST_ITEM
 from recsys.bundle import MANIFEST
 from recsys.errors import DataError, SetupError
 from serving.nights import LIVE, Night, Nights, lists_file, shard_of
-from serving.redis_lists import KINDS, RedisLists
-from serving.stores import hidden
+from serving.redis_lists import RedisLists
+from serving.stores import REDIS, hidden
 
 if TYPE_CHECKING:
     import polars as pl
@@ -80,8 +80,8 @@ def _delivered(place: str) -> UserLists | None:
     kind, _, rest = place.partition("://")
     if not rest:
         return None
-    if kind not in KINDS:
-        raise SetupError(f"{hidden(place)}: no lists are read there; give the folder of nights, or a URL of {', '.join(KINDS)}")
+    if kind not in REDIS:
+        raise SetupError(f"{hidden(place)}: no lists are read there; give the folder of nights, or a URL of {', '.join(REDIS)}")
     return RedisLists(place)
 
 

@@ -4,7 +4,7 @@ lists/live → nights/20261122T030000.000000Z      swapped in one step; who foll
 lists/nights/NAME/manifest.json                  written last: a folder without it is no night
 lists/nights/NAME/lists-00000.parquet            user_id, item_id, rank (from 1), score; sorted by user and rank
 lists/nights/NAME/users-00000.parquet            user_id, history (what the list was made of, as a hash), source
-lists/work/                                      the night in the making, or what a kill left of it
+lists/unfinished/                                the night in the making, or what a kill left of it
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from serving.tables import SOURCES, write_frames
 if TYPE_CHECKING:
     import polars as pl
 
-LIVE, NIGHTS, WORK = "live", "nights", "work"
+LIVE, NIGHTS, UNFINISHED = "live", "nights", "unfinished"
 NEXT = f".{LIVE}.new"
 """The link that is to take the place of the live one; it is left where a kill came between."""
 PLAN = "plan.json"
@@ -115,7 +115,7 @@ class Nights:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        self.work = self.path / WORK
+        self.work = self.path / UNFINISHED
 
     def live(self) -> Night | None:
         """The night that readers see; None before the first. Raises DataError: it is not whole, or no longer there."""
@@ -141,7 +141,7 @@ class Nights:
             (self.path / NIGHTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecsysError(f"{self.path}: cannot be written ({error.strerror}); give another place") from None
-        with locked(self.path / WORK, wait=False):
+        with locked(self.path / UNFINISHED, wait=False):
             yield
 
     def publish(self, files: Mapping[str, dict[str, Any]], manifest: Mapping[str, Any], keep: int) -> Night:

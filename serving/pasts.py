@@ -15,14 +15,12 @@ from serving.admission import Breaker, Clock, OnlineSettings
 from serving.catalogue import Catalogue, Find
 from serving.history import Event, HistoryStore
 from serving.messages import Refusal
-from serving.stores import BlobError
+from serving.stores import REDIS, BlobError
 from serving.telemetry import LOG, Call, Metrics, about
 
 T = TypeVar("T")
 REST = 1.0
 """Seconds that a store is left alone after it did not answer."""
-REMOTE = ("redis", "rediss", "valkey", "valkeys")
-"""Kinds of stores that answer over a network, and are asked in a thread."""
 THREADS = 2
 """That read, and as many that write."""
 
@@ -54,7 +52,7 @@ class Pasts:
 
     def __init__(self, store: HistoryStore, settings: OnlineSettings, metrics: Metrics, clock: Clock) -> None:
         self.store, self.metrics, self.clock = store, metrics, clock
-        self.remote = store.url.partition(":")[0] in REMOTE
+        self.remote = store.url.partition(":")[0] in REDIS  # over a network, and so asked in a thread
         self.breaker = Breaker(REST, clock)
         self._patience = settings.deadline_ms / 2000
         self._readers: ThreadPoolExecutor | None = None

@@ -30,14 +30,12 @@ import numpy as np
 from recsys.errors import DataError, SetupError, StoreError
 from serving.admission import Breaker, Clock
 from serving.nights import Night, erased_digest
-from serving.stores import hidden
+from serving.stores import hidden, redis_client
 from serving.telemetry import LOG, about
 
 if TYPE_CHECKING:
     import polars as pl
 
-KINDS = ("redis", "rediss", "valkey", "valkeys")
-"""How URLs begin."""
 TTL = 3 * 24 * 3600
 """Seconds after which a key expires, unless the URL says otherwise: three nights without a delivery."""
 OLDEST = 30 * 24 * 3600
@@ -101,25 +99,13 @@ class Keys:
         """Raises SetupError: no redis package, or a URL that cannot be."""
         self.url = hidden(url)
         try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-        except ImportError as error:
-            found = f"redis does not load ({error})"
-            raise SetupError(f"{self.url}: {found}; pip install attention-recommender[redis]") from None
-        self._redis = redis
-        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
-        try:
-            plain, ttl = parameter(re.sub("^valkey", "redis", url), "ttl", str(TTL))
+            plain, ttl = parameter(url, "ttl", str(TTL))
         except ValueError:
             raise SetupError(f"{self.url}: is no URL; give redis://HOST:PORT/NUMBER") from None
         if not (ttl.isdecimal() and int(ttl)):
             raise SetupError(f"{self.url}: ttl is {ttl!r}; give whole seconds, at least 1")
         self.ttl = int(ttl)
-        try:
-            self.client: Any = redis.Redis.from_url(plain, socket_timeout=seconds, socket_connect_timeout=seconds, retry=again)
-        except ValueError as error:
-            raise SetupError(f"{self.url}: {error}; give redis://HOST:PORT/NUMBER") from None
+        self._redis, self.client = redis_client(plain, seconds)
 
     @contextmanager
     def errors(self) -> Iterator[None]:

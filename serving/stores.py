@@ -493,6 +493,30 @@ def _pages(stat: Any) -> int:
     return pages
 
 
+REDIS = ("redis", "rediss", "valkey", "valkeys")
+"""How URLs of Redis and Valkey begin."""
+
+
+def redis_client(url: str, seconds: float, instead: str = "") -> tuple[Any, Any]:
+    """The redis package, and a client; the server may take so long to connect and to answer, unless the URL says otherwise.
+
+    Raises SetupError: no such package (`instead`: what else can be done), or a URL that cannot be.
+    """
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError as error:
+        remedy = f"pip install attention-recommender[redis]{instead}"
+        raise SetupError(f"{hidden(url)}: redis does not load ({error}); {remedy}") from None
+    again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
+    try:
+        plain = re.sub("^valkey", "redis", url)
+        return redis, redis.Redis.from_url(plain, socket_timeout=seconds, socket_connect_timeout=seconds, retry=again)
+    except ValueError as error:
+        raise SetupError(f"{hidden(url)}: {error}; give redis://HOST:PORT/NUMBER") from None
+
+
 class RedisBlobs:
     """In Redis or Valkey, a key a user: recsys:history: and the user's id.
 
@@ -504,21 +528,8 @@ class RedisBlobs:
     REMEDY = "see that the server runs, has memory and lets this user in"
 
     def __init__(self, url: str) -> None:
-        try:
-            import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-        except ImportError as error:
-            remedy = "pip install attention-recommender[redis], or keep histories in sqlite:PATH"
-            raise SetupError(f"{hidden(url)}: redis does not load ({error}); {remedy}") from None
-        self._redis, self.url = redis, hidden(url)
-        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
-        try:
-            self._client: Any = redis.Redis.from_url(
-                re.sub("^valkey", "redis", url), socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=again
-            )
-        except ValueError as error:
-            raise SetupError(f"{self.url}: {error}; give redis://HOST:PORT/NUMBER") from None
+        self.url = hidden(url)
+        self._redis, self._client = redis_client(url, TIMEOUT, ", or keep histories in sqlite:PATH")
 
     def get(self, user: str) -> bytes | None:
         with self._errors():
@@ -589,10 +600,7 @@ class RedisBlobs:
 STORES: dict[str, Callable[[str], Blobs]] = {
     "sqlite": SqliteBlobs,
     "lmdb": LmdbBlobs,
-    "redis": RedisBlobs,
-    "rediss": RedisBlobs,
-    "valkey": RedisBlobs,
-    "valkeys": RedisBlobs,
+    **dict.fromkeys(REDIS, RedisBlobs),
     "memory": MemoryBlobs,
 }
 """By how their URL begins."""

@@ -77,9 +77,8 @@ class Processes:
                     workers.append(self._started())
                 for worker in workers:
                     self._fill(worker, waiting)
-                busy = {worker.pipe: worker for worker in workers}
-                for pipe in wait(list(busy)):
-                    worker = busy[pipe]  # type: ignore[index]
+                ready = wait([worker.pipe for worker in workers])
+                for worker in [worker for worker in workers if worker.pipe in ready]:
                     try:
                         told = worker.pipe.recv()
                     except (EOFError, OSError):

@@ -41,7 +41,7 @@ DOORS = {
     "prometheus_client": {"serving/telemetry.py"},
     "opentelemetry": {"serving/telemetry.py"},
     "psycopg": {"serving/delivery.py"},
-    "redis": {"serving/stores.py", "serving/redis_lists.py"},
+    "redis": {"serving/stores.py"},
     "lmdb": {"serving/stores.py"},
     "ray": {"serving/cluster.py"},
     "pydantic": {"recsys/config.py"},

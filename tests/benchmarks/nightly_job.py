@@ -207,8 +207,8 @@ def repeat(bundle: Path, dealt: Path, number: int, no_ranker: bool, start: Any, 
     recommender = Recommender.load(bundle, verify=False, threads=1)
     found = read_shard(dealt, number, recommender.catalogue)
     histories = taken(found.histories, torch.arange(min(USERS, len(found.histories))))
-    recorders = [Recorder(recommender.reader._session, "run"), Recorder(recommender.searcher._index, "search")]  # type: ignore
-    recommender.reader._session, recommender.searcher._index = recorders  # type: ignore
+    recorders = [Recorder(recommender.reader._session, "run"), Recorder(recommender.searcher._index, "search")]
+    recommender.reader._session, recommender.searcher._index = recorders
     for ranker in recommender._graph_rankers.values():
         recorders.append(Recorder(ranker._session, "run"))
         ranker._session = recorders[-1]

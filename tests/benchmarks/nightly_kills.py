@@ -77,17 +77,17 @@ def moments(bundle: Path, dataset: Path, users: int, place: Path, args: argparse
 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started = time.monotonic()
-    subprocess.run(command(place / "whole"), check=True, **quiet)  # type: ignore[call-overload]
+    subprocess.run(command(place / "whole"), check=True, **quiet)
     seconds, wanted = time.monotonic() - started, content(Night.open(place / "whole"))
     draw, killed, resumed, nights = random.Random(args.seed), 0, [], 0
     while killed < args.random:
         lists, nights = place / f"lists {nights}", nights + 1
-        with subprocess.Popen(command(lists), **quiet) as process:  # type: ignore[call-overload]
+        with subprocess.Popen(command(lists), **quiet) as process:
             time.sleep(draw.uniform(0, seconds))
             killed += process.poll() is None
             process.kill()
         assert not (lists / LIVE).exists() or content(Night.open(lists, verify=True)) == wanted
-        subprocess.run(command(lists), check=True, **quiet)  # type: ignore[call-overload]
+        subprocess.run(command(lists), check=True, **quiet)
         night = Night.open(lists, verify=True)
         assert content(night) == wanted, nights
         found = pl.scan_parquet(night.path / "users-*.parquet").select(pl.col("user_id").n_unique(), n=pl.len()).collect()

@@ -162,7 +162,7 @@ def test_an_erased_user_leaves_every_night_and_the_others_stay(folder: Path, dat
     assert lists.erase("user 011")  # who has no list, but a line
     assert Night.open(folder).manifest["underfilled"] == second.manifest["underfilled"] - 1
     assert not lists.refresh()
-    assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".work.lock", "live", "nights"]
+    assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".unfinished.lock", "live", "nights"]
 
 
 def test_the_last_user_may_be_erased(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_erasure_that_is_killed_leaves_the_old_night_or_the_new_and_the_next_
         assert left in (wanted, less)
         assert Nights(folder).erase("7") == (7 in left)
         assert told(folder) == less
-        assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".work.lock", "live", "nights"]
+        assert sorted(found.name for found in folder.iterdir()) == [".live.lock", ".unfinished.lock", "live", "nights"]
         assert [found.name for found in (folder / "nights").iterdir()] == [name]
     assert (kept[0], kept[through - 1]) == (True, False)
 
@@ -209,7 +209,7 @@ def sealed(folder: Path) -> tuple[Night, dict[Any, list[tuple[Any, float]]]]:
     wanted = lists_of(range(23), range(2, 43), 5)
     write_night(folder, wanted)
     second = write_night(folder, wanted)
-    shutil.copytree(second.path, folder / "work")
+    shutil.copytree(second.path, Nights(folder).work)
     return second, wanted
 
 
@@ -232,7 +232,7 @@ def test_a_night_that_is_killed_while_it_goes_live_goes_live_and_what_is_half_de
         assert len(nights) in (2, 3)
         for night in nights:
             assert Night.open(night, verify=True).manifest["users"] == 22
-        assert not (other / "work").exists()
+        assert not Nights(other).work.exists()
     assert half > 3
 
 
@@ -321,10 +321,10 @@ def test_only_the_shards_of_erased_users_are_read_and_lists_only_where_somebody_
 
 def test_a_night_that_nobody_is_making_is_deleted_when_somebody_is_erased(tmp_path: Path) -> None:
     write_night(tmp_path, {5: [(2, 0.5)]})
-    (tmp_path / "work" / "histories").mkdir(parents=True)
-    (tmp_path / "work" / "histories" / "part").write_text("user 007")
+    (Nights(tmp_path).work / "histories").mkdir(parents=True)
+    (Nights(tmp_path).work / "histories" / "part").write_text("user 007")
     assert not Nights(tmp_path).erase("user 007")
-    assert not (tmp_path / "work").exists()
+    assert not Nights(tmp_path).work.exists()
 
 
 def test_one_is_erased_from_a_folder_without_reading_all_lists(tmp_path: Path) -> None:

@@ -651,6 +651,8 @@ def test_the_command_says_what_it_made_and_exits_with_3_where_a_guard_does_not_h
         return 0
 
     arguments = ("--dataset", dataset.path, "--out", tmp_path / "lists", "-k", K, "--workers", 1, "--no-track")
+    assert command(*arguments, "--to", "ftp://lists") == 2
+    assert "cannot be delivered there" in capsys.readouterr().err and not (tmp_path / "lists").exists()
     assert command(*arguments, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["users"], told["terms"]["k"], told["clock"]["engine"]) == (211, K, "this process")
