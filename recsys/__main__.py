@@ -203,7 +203,7 @@ def evaluate(
     from recsys.terminal import bar, metrics_table
     from recsys.tracking import Tracking
     from serving.engine import Recommender
-    from serving.evaluate import evaluate as judge
+    from serving.evaluation.judge import evaluate as judge
 
     recommender, data = Recommender.load(path), Dataset.open(dataset)
     with bar("users") as progress:

@@ -14,7 +14,7 @@ from recsys.config import Recipe
 from recsys.errors import RecsysError
 from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
-from serving.evaluate import evaluate
+from serving.evaluation.judge import evaluate
 from serving.export import export
 from serving.index import IndexSettings
 from training.loop import choose_device

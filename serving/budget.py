@@ -26,7 +26,7 @@ from recsys.bundle import Directory
 from recsys.errors import DataError, RequestError
 from recsys.metrics import measure
 from serving.engine import DepthSettings, Recommender
-from serving.evaluate import judge
+from serving.evaluation.judge import judge
 from serving.export import measure_bundle, spread
 from serving.golden import renew
 from serving.index import Index, IndexSettings, lists

@@ -8,7 +8,7 @@ import torch
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, Sequences
 from recsys.content import Described
-from serving.baselines import BASELINES, HALF_LIFE, ItemKNN, MeanText, Popularity, Ranked
+from serving.evaluation.baselines import BASELINES, HALF_LIFE, ItemKNN, MeanText, Popularity, Ranked
 
 
 def sequences(histories: list[list[int]], held_out: int = 0) -> Sequences:

@@ -19,7 +19,7 @@ from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
 from serving.engine import DepthSettings, Recommender
-from serving.evaluate import evaluate
+from serving.evaluation.judge import evaluate
 from serving.export import export
 from serving.filters import until
 from serving.index import INDEXES, Index, IndexSettings

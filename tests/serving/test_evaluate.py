@@ -16,7 +16,7 @@ from recsys.config import Recipe
 from recsys.errors import DataError, RequestError
 from recsys.metrics import measure, new_targets, target_ranks
 from serving.engine import Recommender
-from serving.evaluate import Report, evaluate
+from serving.evaluation.judge import Report, evaluate
 from tests.serving.conftest import write_run, write_shop
 
 

@@ -23,7 +23,7 @@ from recsys.config import Recipe
 from recsys.content import CONTENT, Content
 from recsys.errors import BundleError, DataError, RequestError
 from serving.engine import Recommender, read_vectors
-from serving.evaluate import evaluate
+from serving.evaluation.judge import evaluate
 from serving.explain import explain
 from serving.export import export
 from serving.index import INDEX, INDEXES, IndexSettings

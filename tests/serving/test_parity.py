@@ -14,7 +14,7 @@ from features.dataset import Dataset
 from recsys.config import Recipe
 from recsys.ranker import RankerSettings
 from serving.engine import Recommender
-from serving.evaluate import evaluate
+from serving.evaluation.judge import evaluate
 from serving.export import export
 from serving.history import KEEP, import_dataset
 from serving.index import IndexSettings

@@ -24,7 +24,7 @@ from recsys.metrics import measure, new_targets, target_ranks
 from recsys.ranker import Known, RankerSettings
 from serving.calibration import Calibration
 from serving.engine import Recommender
-from serving.evaluate import Report, evaluate
+from serving.evaluation.judge import Report, evaluate
 from serving.export import calibrated, export
 from serving.index import IndexSettings
 from serving.lists import Lists

@@ -18,9 +18,9 @@ from features.split import SplitSettings, is_cold
 from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
 from recsys.errors import DataError, RequestError
 from recsys.metrics import MISSED, measure, new_targets
-from serving.baselines import BASELINES, MeanText, Ranked
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
+from serving.evaluation.baselines import BASELINES, MeanText, Ranked
 from serving.lists import Lister, Lists
 from serving.tables import lists_columns, lists_frame, write_frames
 
