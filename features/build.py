@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,22 +52,35 @@ def build(
     """
     settings, split = recipe.read(DataSettings), recipe.read(SplitSettings)
     before = _open_earlier(out, settings) if append else None
-    if not append and out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is no data set; name another directory")
+    if not append:
+        require_place(out)
     raw = _read(data, settings, progress)
     if before is not None and ("order" in before.events.collect_schema()) != ("order" in raw.events.collect_schema()):
         raise DataError(f"{out}: was built {'without' if settings.order else 'with'} an order; append with the same data.order")
+    with workshop(out) as work:
+        job = _Job(settings, split, before, work, str(data or settings.source), strict, progress)
+        head = {"recipe": recipe.name, "settings": {"data": settings.as_dict(), "split": split.as_dict()}}
+        manifest = head | job.write(raw)
+        writers = {path.name: partial(os.replace, path) for path in sorted(work.glob("*.parquet"))}
+        return publish(out, writers, manifest, MANIFEST).manifest
+
+
+def require_place(out: Path) -> None:
+    """Raises DataError: `out` is there and neither a DATASET nor empty."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is no data set; name another directory")
+
+
+@contextmanager
+def workshop(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that goes at the end. Raises DataError: none can be made."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); name another directory") from None
     try:
-        job = _Job(settings, split, before, work, str(data or settings.source), strict, progress)
-        head = {"recipe": recipe.name, "settings": {"data": settings.as_dict(), "split": split.as_dict()}}
-        manifest = head | job.write(raw)
-        writers = {path.name: partial(os.replace, path) for path in sorted(work.glob("*.parquet"))}
-        return publish(out, writers, manifest, MANIFEST).manifest
+        yield work
     finally:
         shutil.rmtree(work)
 
@@ -115,30 +129,14 @@ class _Job:
         listed = self._renew("items", raw.items, "item_id", ids)
         users = self._renew("users", raw.users, "user_id", ids)
         counts = self._write_events(raw.events, earlier, ids)
-        items = make_catalogue(listed, without_cold(counts, self.split), self.tallies["events"])
-        warm = (items["events"] > 0).sum()
-        if not warm:
-            raise DataError(
-                f"{self.where}: no event is for training; set split.test_start to a time after the first events, "
-                "or split.cold_one_in to 0"
-            )
-        self._put("items", items)
         if users is not None:
-            self._put("users", users.sort("user_id"))
+            put(users.sort("user_id"), self.work / "users.parquet")
         if any(len(rows) for rows in self.aside):
-            self._put("quarantine", _in_normal_form(self.aside))
+            put(_in_normal_form(self.aside), self.work / "quarantine.parquet")
         events = pl.scan_parquet(self.work / "events.parquet")
-        report = self._report("sequences", int(counts["all"].sum()))
-        parts = write_sequences(events, items, self.work / "sequences.parquet", self.split, report)
-        return {
-            "users": pl.scan_parquet(self.work / "sequences.parquet").select(pl.len()).collect().item(),
-            "events": sum(parts.values()),
-            "items": len(items),
-            "warm_items": warm,
-            "items_without_text": (items["text"] == "").sum(),
-            "counts": parts,
-            **{key: self.tallies[table].as_dict() for table, key in TALLIES.items()},
-        }
+        report = summed(self.progress, "sequences", int(counts["all"].sum()))
+        told = write_histories(events, counts, listed, self.work, self.split, self.tallies["events"], self.where, report)
+        return told | {key: self.tallies[table].as_dict() for table, key in TALLIES.items()}
 
     def _renew(self, table: str, raw: pl.LazyFrame | None, name: str, ids: dict[str, pl.DataType]) -> pl.DataFrame | None:
         """The items or users of earlier builds with those of this one."""
@@ -166,25 +164,62 @@ class _Job:
         bad = stage(judged, earlier, staged, tally, self.where)
         self.aside.append(set_aside(raw, bad, tally, self.where))
         rows = pl.scan_parquet(staged)
-        report = self._report("events", rows.select(pl.len()).collect().item() - len(bad))
+        report = summed(self.progress, "events", rows.select(pl.len()).collect().item() - len(bad))
         counts, repeats = arrange(rows, self.work / "events.parquet", self.settings.repeats, self.split, tally, report)
         self.aside.append(set_aside(raw, repeats, tally, self.where))
         staged.unlink()
         return counts
 
-    def _put(self, name: str, table: pl.DataFrame) -> None:
-        write_parquet([table], table.schema, self.work / f"{name}.parquet")
 
-    def _report(self, what: str, total: int) -> Report:
-        done = 0
+def write_histories(
+    events: pl.LazyFrame,
+    counts: pl.DataFrame,
+    listed: pl.DataFrame | None,
+    work: Path,
+    split: SplitSettings,
+    tally: Tally,
+    where: str,
+    report: Report,
+) -> dict[str, Any]:
+    """Write the catalogue and the sequences of sorted events with these counts of items; returns what the manifest says.
 
-        def report(events: int) -> None:
-            nonlocal done
-            done += events
-            if self.progress is not None:
-                self.progress(what, done, total)
+    Raises DataError: no event is for training.
+    """
+    items = make_catalogue(listed, without_cold(counts, split), tally)
+    warm = (items["events"] > 0).sum()
+    if not warm:
+        raise DataError(
+            f"{where}: no event is for training; set split.test_start to a time after the first events, "
+            "or split.cold_one_in to 0"
+        )
+    put(items, work / "items.parquet")
+    parts = write_sequences(events, items, work / "sequences.parquet", split, report)
+    return {
+        "users": pl.scan_parquet(work / "sequences.parquet").select(pl.len()).collect().item(),
+        "events": sum(parts.values()),
+        "items": len(items),
+        "warm_items": warm,
+        "items_without_text": (items["text"] == "").sum(),
+        "counts": parts,
+    }
 
-        return report
+
+def summed(progress: Progress | None, what: str, total: int) -> Report:
+    """Tells `progress` the sum of what it hears."""
+    done = 0
+
+    def report(events: int) -> None:
+        nonlocal done
+        done += events
+        if progress is not None:
+            progress(what, done, total)
+
+    return report
+
+
+def put(table: pl.DataFrame, path: Path) -> None:
+    """Write one table."""
+    write_parquet([table], table.schema, path)
 
 
 def _in_normal_form(aside: list[pl.DataFrame]) -> pl.DataFrame:

@@ -129,12 +129,11 @@ class Dataset:
 
         from recsys.batch import Sequences
 
-        table = pl.read_parquet(self.path / "sequences.parquet", columns=["items", "timestamps", "train_end", "validation_end"])
+        table = pl.read_parquet(self.path / "sequences.parquet").drop("user_id")
         lengths = torch.tensor(table["items"].list.len().to_numpy(), dtype=torch.int64)
         return Sequences(
             items=torch.tensor(table["items"].explode().to_numpy()),
             times=torch.tensor(table["timestamps"].explode().to_numpy()),
             offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            train_end=torch.tensor(table["train_end"].to_numpy(), dtype=torch.int64),
-            validation_end=torch.tensor(table["validation_end"].to_numpy(), dtype=torch.int64),
+            **{name: torch.tensor(table[name].to_numpy(), dtype=torch.int64) for name in table.columns[2:]},
         )

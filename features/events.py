@@ -166,8 +166,8 @@ def fill_times(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def count_items(events: pl.DataFrame, split: SplitSettings) -> pl.DataFrame:
-    """item_id, all (its events) and training (those in the training part)."""
-    train_end, _ = split_ends(split)
+    """item_id, all (its events) and training (those in the training part), of events whose times are known."""
+    train_end, *_ = split_ends(split)
     trained = events.group_by("user_id", maintain_order=True).agg(pl.col("item_id").head(train_end)).explode("item_id")
     training = trained.group_by("item_id").len("training")
     counts = events.group_by("item_id").len("all").join(training, on="item_id", how="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from recsys import __version__
 from recsys.errors import GuardError, RecipeError, RecsysError, RequestError, SetupError
 
 if TYPE_CHECKING:
+    from features.dataset import Dataset
     from recsys.config import Recipe, Settings
     from recsys.tracking import Tracking
     from serving.history import HistoryStore
@@ -96,6 +98,68 @@ def features(
 
 
 @app.command()
+def resplit(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory that `recsys features` made.")],
+    out: Annotated[Path, typer.Option(help="Directory of the data set to make.")],
+    settings: Overrides = None,
+) -> None:
+    """Split a data set's events otherwise, by its own [split] with --set, without reading the raw logs again.
+
+    Example: recsys resplit datasets/shop --out datasets/new --set split.method=user_holdout --set split.holdout_one_in=10
+    """
+    from features.dataset import Dataset
+    from features.resplit import resplit as split_anew
+    from features.split import SplitSettings
+    from recsys.config import Recipe
+    from recsys.terminal import bar
+
+    data = Dataset.open(dataset)
+    sections = _merge({"split": data.manifest["settings"]["split"]}, settings, SplitSettings)
+    with bar("events") as progress:
+        made = split_anew(data, Recipe("resplit", sections).read(SplitSettings), out, progress)
+    parts = ", ".join(f"{count:,} {part}" for part, count in made.manifest["counts"].items())
+    typer.echo(f"{out}: {made.manifest['users']:,} users, events: {parts}")
+
+
+@app.command()
+def leaks(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Directory that `recsys features` made.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="RUN_OR_BUNDLE", help="Run or bundle that is to be judged by this data set.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="What the model is to be judged by: validation or test.")] = "test",
+    settings: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Look for what is known too early: late training events, shared events, unstable order, items from the future, and others.
+
+    A leak is told with its first rows and ends it with exit code 3; `recsys train` looks for the same before it begins.
+
+    Example: recsys leaks datasets/shop --model bundles/shop --set leaks.released=launched
+    """
+    from features.dataset import Dataset
+    from features.leaks import LeakSettings, find_leaks, refuse
+    from recsys.bundle import MANIFEST, open_directory
+    from recsys.config import Recipe
+    from recsys.terminal import bar, records_table
+
+    if split not in ("validation", "test"):
+        raise RequestError(f"split {split!r} cannot be judged; give validation or test")
+    data = Dataset.open(dataset)
+    made = None if model is None else model / "model" if (model / "model" / MANIFEST).is_file() else model
+    manifest = None if made is None else open_directory(made).manifest
+    told = {} if manifest is None else {"leaks": manifest["recipe"].get("leaks", {})}
+    chosen = Recipe("leaks", _merge(told, settings, LeakSettings)).read(LeakSettings)
+    with bar("events") as progress:
+        checks = find_leaks(data, manifest, chosen, split, progress)
+    if json:
+        typer.echo(json_module.dumps({"dataset": str(dataset), "checks": [check.as_dict() for check in checks]}))
+    else:
+        records_table([{"looked for": each.name, "rows": each.rows, "leaks": each.found} for each in checks])
+    refuse(checks, str(dataset))
+
+
+@app.command()
 def train(
     recipe: RecipeName,
     dataset: DatasetPath,
@@ -118,6 +182,7 @@ def train(
 
     chosen = _recipe(recipe, settings)
     data = Dataset.open(dataset)
+    _refuse_leaks(data, chosen)
     resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
     with training_progress() as (observe, progress):
         made = train_run(
@@ -165,6 +230,7 @@ def tune(
 
     chosen = _recipe(recipe, settings)
     data = Dataset.open(dataset)
+    _refuse_leaks(data, chosen)
     tracking = Tracking(chosen.read(TrackingSettings))
     with search_progress() as observe:
         trials = search(
@@ -184,46 +250,134 @@ def tune(
 
 @app.command()
 def evaluate(
-    path: RunOrBundle,
+    path: Annotated[
+        Path, typer.Argument(metavar="SUBJECT", help="Directory of a run or a bundle, or lists of any program as Parquet.")
+    ],
     dataset: DatasetPath,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
-    repeats: Annotated[
-        bool, typer.Option("--repeats", help="Items of the history may be recommended and are targets too.")
-    ] = False,
-    baselines: Annotated[bool, typer.Option(help="Judge popularity and item-kNN beside the model.")] = True,
-    lists: Annotated[Path | None, typer.Option(help="Write the ranked lists to this Parquet file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="REPORT", help="Directory of the report to write: page, figures, lists, values by user.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="P1, P2, P3, P3-repeats, P4 or P5; else the recipe's [protocol].")] = "",
+    despite_leaks: Annotated[bool, typer.Option("--despite-leaks", help="Judge although leaks are found; the report says so.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws that make intervals.")] = 0,
     track: Annotated[bool, typer.Option(help="Record the report in the MLflow run that trained the model.")] = True,
+    settings: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Judge the served path: recall and NDCG over the whole catalogue, beside two baselines.
+    """Judge lists over the whole catalogue, beside baselines, each figure with its interval; the first line says what to think of it.
 
-    Example: recsys evaluate runs/ml-1m --dataset datasets/ml-1m --json --lists lists.parquet
+    A run or a bundle is judged by the lists that users would see, and each stage of the served path beside it. Lists of another
+    program have user_id, item_id and rank. What is known too early ends it with exit code 3: `recsys leaks` tells the rows.
+
+    Example: recsys evaluate bundles/ml-1m --dataset datasets/ml-1m --out reports/ml-1m --set protocol.split=validation
     """
     from features.dataset import Dataset
-    from recsys.terminal import bar, metrics_table
+    from features.leaks import LeakSettings, find_leaks, refuse
+    from recsys.config import Recipe
+    from recsys.terminal import bar, report_table
     from recsys.tracking import Tracking
     from serving.engine import Recommender
-    from serving.evaluation.judge import evaluate as judge
+    from serving.evaluation.given import GivenLists
+    from serving.evaluation.protocol import ProtocolSettings
+    from serving.evaluation.report import make_report
 
-    recommender, data = Recommender.load(path), Dataset.open(dataset)
+    data = Dataset.open(dataset)
+    subject = GivenLists(path, data) if path.is_file() else Recommender.load(path)
+    manifest = subject.manifest if isinstance(subject, Recommender) else None
+    sections = _merge({} if manifest is None else manifest["recipe"], settings, ProtocolSettings, LeakSettings)
+    if protocol:
+        sections[ProtocolSettings.section] = {**sections.get(ProtocolSettings.section, {}), "name": protocol}
+    recipe = Recipe("evaluate", sections)
+    chosen = recipe.read(ProtocolSettings)
+    with bar("events") as progress:
+        checks = find_leaks(data, manifest, recipe.read(LeakSettings), chosen.split, progress)
+    if not despite_leaks:
+        refuse(checks, str(dataset))
     with bar("users") as progress:
-        tell = partial(progress, "evaluate")
-        report = judge(recommender, data, split=split, repeats=repeats, baselines=baselines, progress=tell)
-    if lists is not None:
-        report.write_lists(lists)
+        report = make_report(
+            subject,
+            data,
+            chosen,
+            name=path.stem,
+            command=" ".join(["recsys", *sys.argv[1:]]),
+            seed=seed,
+            checks=checks,
+            progress=partial(progress, "evaluate"),
+        )
+    if out is not None:
+        report = report.write(out)
     if json:
-        typer.echo(json_module.dumps(report.as_dict()))
+        typer.echo(json_module.dumps(report.manifest))
     else:
-        metrics_table(report.rows())
-        if report.request_time:
-            typer.echo("The model was told when each user's first target happened (model.request_time).")
-    _compare(recommender.manifest, data.manifest)
-    if track:
+        report_table(report.manifest)
+    if out is not None and not json:
+        typer.echo(f"{out / 'report.html'}: {report.manifest['users']:,} users judged, {len(report.lists):,} rows of lists")
+    if track and manifest is not None:
         try:
-            with Tracking.of(recommender.manifest).run(path.name) as tracking:
-                tracking.report(report.as_dict())
+            with Tracking.of(manifest).run(path.name) as tracking:
+                tracking.report(report.manifest, out)
         except SetupError as error:
             _warn(f"the report is not recorded: {error}")
+
+
+@app.command()
+def backtest(
+    recipe: RecipeName,
+    dataset: DatasetPath,
+    out: Annotated[Path, typer.Option(help="Directory of the back-test; an interrupted one there goes on.")],
+    windows: Annotated[int, typer.Option(help="How many windows of time are judged, the last one to the end of the data.")] = 4,
+    days: Annotated[int, typer.Option(help="Days of a window.")] = 14,
+    device: Device = "auto",
+    settings: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Train and judge as if it were earlier: for each of some windows of time, by the events before it alone.
+
+    The split.validation_days before a window are its validation. The same command again goes on where it was killed.
+
+    Example: recsys backtest shop.toml --dataset datasets/shop --out backtests/shop --windows 4 --days 14
+    """
+    from features.dataset import Dataset
+    from recsys.backtest import backtest as judge_windows
+    from recsys.terminal import records_table
+    from training.loop import choose_device
+
+    chosen, data = _recipe(recipe, settings), Dataset.open(dataset)
+    found = judge_windows(data, chosen, _resolved(chosen), out, windows, days, choose_device(device))
+    if json:
+        typer.echo(json_module.dumps(found))
+        return
+    records_table(found["windows"])
+    means = {name: f"{figure['mean']:.4f} ± {figure['deviation'] or 0:.4f}" for name, figure in found["model"].items()}
+    told = ", ".join(f"{name} {mean}" for name, mean in means.items())
+    typer.echo(f"{out}: {told}; the best baseline was beaten in {found['beaten']} of {len(found['windows'])} windows")
+
+
+@app.command()
+def compare(
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="REPORT that `recsys evaluate --out` wrote, or a folder of them, one a seed.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="REPORT, or folder of them, that is compared with A.")],
+    out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.json to this directory.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Say whether B is better than A: paired tests over users, by metric and by slice, and what could not have been seen.
+
+    Example: recsys compare reports/old reports/new --out comparison
+    """
+    from recsys.terminal import comparison_tables
+    from serving.evaluation.compare import compare as compare_reports
+    from serving.evaluation.compare import reports_of, write
+
+    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    found = compare_reports(reports_of(first), reports_of(second), names).as_dict()
+    if out is not None:
+        write(found, out)
+    if json:
+        typer.echo(json_module.dumps(found))
+    else:
+        comparison_tables(found)
 
 
 @app.command()
@@ -233,7 +387,9 @@ def export(
     dataset: Annotated[
         Path | None, typer.Option(help="Data set whose histories measure the index; else item vectors do.")
     ] = None,
-    register: Annotated[bool, typer.Option(help="Register the bundle in MLflow as champion.")] = True,
+    register: Annotated[
+        bool, typer.Option(help="Register the bundle in MLflow; it is champion where there is none yet.")
+    ] = True,
     settings: Overrides = None,
 ) -> None:
     """Make a bundle of a run: weights, item vectors and index, with the index's measured recall.
@@ -254,13 +410,56 @@ def export(
     data = None if dataset is None else Dataset.open(dataset)
     owners = (recipe.read(IndexSettings), data, recipe.read(DepthSettings), recipe.read(ServingSettings))
     manifest = export_run(run, out, *owners)
-    version = ""
+    registered = ""
     if register:
         with Tracking.of(model).run(run.name) as tracking:
-            version = tracking.register(out, manifest["id"])
-    registered = f", version {version} is champion" if version else ""
+            registered = _standing(tracking, tracking.register(out, manifest["id"]))
     index = manifest["index"]
     typer.echo(f"{out}: bundle {manifest['id']}, {index['kind']} index, recall@100 {index['recall@100']:.4f}{registered}")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Directory of a run or of a bundle, or models:/NAME@ALIAS, models:/NAME/VERSION."),
+    ],
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="The run's data set; without it, where it lay when the run was made.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the raw logs; a data set that is not there is built of it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that keeps what is made again; an interrupted training there goes on.")
+    ] = None,
+    settings: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Make a run again from its stored recipe, data and seed, and say whether figures and bytes agree.
+
+    First all that is stored is held against itself and against MLflow: a setting, file or figure that was changed is named.
+    What differs ends it with exit code 3, but for bytes which another machine or version explains while the figures agree.
+
+    Example: recsys reproduce runs/ml-1m --dataset datasets/ml-1m
+    """
+    from recsys.config import Recipe
+    from recsys.reproduce import reproduce as make_again
+    from recsys.terminal import records_table
+    from recsys.tracking import TrackingSettings
+
+    uri = Recipe("reproduce", _merge({}, settings, TrackingSettings)).read(TrackingSettings).uri
+    found = make_again(run, dataset, data, out, uri)
+    if json:
+        typer.echo(json_module.dumps(found.as_dict()))
+    else:
+        names = ("part", "what", "stored", "now")
+        lines = [{**{name: getattr(row, name) for name in names}, "agrees": row.verdict} for row in found.rows]
+        records_table(lines, title=f"{found.kind} {found.id}")
+    if not found.reproduced:
+        raise GuardError(found.verdict)
+    if not json:
+        typer.echo(found.verdict)
 
 
 items_app = typer.Typer(
@@ -271,7 +470,9 @@ ItemsFile = Annotated[Path, typer.Option("--items", help="Table of items with th
 NewBundle = Annotated[
     Path | None, typer.Option("--out", help="Directory of the new bundle; without it the old one is replaced.")
 ]
-Register = Annotated[bool, typer.Option(help="Register the new bundle in MLflow as champion.")]
+Register = Annotated[
+    bool, typer.Option(help="Register the new bundle in MLflow; it is champion where the old one is, or none is yet.")
+]
 
 
 @items_app.command("add")
@@ -327,16 +528,24 @@ def _tell_change(manifest: dict[str, Any], bundle: Path, register: bool) -> None
 
 
 def _registered(manifest: dict[str, Any], bundle: Path) -> str:
-    """Register a bundle in MLflow as champion, and say so; where that cannot be, warn."""
+    """Register a bundle that was made of another one in MLflow, and say so; where that cannot be, warn."""
     from recsys.tracking import Tracking
 
     try:
         with Tracking.of(manifest).run(bundle.name) as tracking:
-            version = tracking.register(bundle, manifest["id"])
+            return _standing(tracking, tracking.register(bundle, manifest["id"], str(manifest.get("before", ""))))
     except SetupError as error:
         _warn(f"the new bundle is not registered: {error}")
         return ""
-    return f", version {version} is champion" if version else ""
+
+
+def _standing(tracking: Tracking, version: str) -> str:
+    """The end of a line about a bundle: whether the version that it was registered as is champion; empty for no version."""
+    if not version:
+        return ""
+    if tracking.champion() == version:
+        return f", version {version} is champion"
+    return f", version {version} is registered; `recsys bundles promote {version} --dataset …` decides"
 
 
 @app.command()
@@ -782,15 +991,52 @@ def list_bundles(settings: Overrides = None, json: AsJson = False) -> None:
 @bundles_app.command("promote")
 def promote_bundle(
     version: Annotated[int, typer.Argument(metavar="VERSION", help="Its number, as `recsys bundles list` shows it.")],
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="Data set on which the gate judges it; without it you decide.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the reports, the comparison and the decision too.")] = None,
     settings: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Make a registered bundle the champion; a server that follows the registry takes it without a restart.
+    """Make a registered bundle the champion, if the rules hold; a server that follows the registry takes it without a restart.
 
-    Example: recsys bundles promote 7
+    With --dataset both are judged, and the rules of the bundle's recipe ([promotion]) decide; a refusal ends with exit code 3.
+    Rules: --set promotion.least_gain=-0.01. The decision and its evidence are kept on the version in MLflow.
+
+    Example: recsys bundles promote 7 --dataset datasets/ml-1m
     """
-    _tracking(settings).promote(str(version))
-    _tell_champion(version, json)
+    if dataset is None:
+        tracking = _tracking(settings)
+        before = tracking.champion()
+        tracking.promote(str(version))
+        tracking.decided(str(version), {"decision": "by hand", "reason": "", "against": before})
+        _tell_champion(version, json)
+        return
+    from recsys.config import Recipe
+    from recsys.promotion import OWNERS, promote
+    from recsys.terminal import bar, records_table
+    from recsys.tracking import TrackingSettings
+
+    tracking = _tracking(settings, *OWNERS)
+    with bar("lists") as progress:
+        promotion = promote(
+            tracking,
+            str(version),
+            dataset,
+            lambda recipe: Recipe("promote", _merge(recipe, settings, *OWNERS, TrackingSettings)),
+            out,
+            shlex.join(["recsys", *sys.argv[1:]]),
+            progress,
+        )
+    if json:
+        typer.echo(json_module.dumps(promotion.as_dict()))
+    else:
+        rules = promotion.decision.rules
+        records_table([{"rule": rule.name, "holds": "yes" if rule.holds else "NO", "what": rule.text} for rule in rules])
+    if not promotion.decision.promote:
+        raise GuardError(promotion.verdict)
+    if not json:
+        typer.echo(promotion.verdict)
 
 
 @bundles_app.command("rollback")
@@ -802,11 +1048,12 @@ def rollback_bundle(settings: Overrides = None, json: AsJson = False) -> None:
     _tell_champion(int(_tracking(settings).rollback()), json)
 
 
-def _tracking(settings: list[str] | None) -> Tracking:
+def _tracking(settings: list[str] | None, *others: type[Settings]) -> Tracking:
+    """The registry; the settings may be of others too, who read them themselves."""
     from recsys.config import Recipe
     from recsys.tracking import Tracking, TrackingSettings
 
-    return Tracking(Recipe("bundles", _merge({}, settings, TrackingSettings)).read(TrackingSettings))
+    return Tracking(Recipe("bundles", _merge({}, settings, TrackingSettings, *others)).read(TrackingSettings))
 
 
 def _tell_champion(version: int, json: bool) -> None:
@@ -847,11 +1094,13 @@ def _resolved(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _owners() -> list[type[Settings]]:
+    from features.leaks import LeakSettings
     from features.schema import DataSettings
     from features.split import SplitSettings
     from features.synthetic import SyntheticSettings
     from recsys.tracking import TrackingSettings
     from serving.engine import DepthSettings
+    from serving.evaluation.gate import PromotionSettings
     from serving.guards import GuardSettings
     from serving.index import IndexSettings
     from serving.nightly import NightlySettings
@@ -859,8 +1108,8 @@ def _owners() -> list[type[Settings]]:
     from training.run import DECISIVE, RANKING
     from training.space import TuneSettings
 
-    sections = [DataSettings, SyntheticSettings, SplitSettings, *DECISIVE, *RANKING, TuneSettings]
-    served = [IndexSettings, DepthSettings, ServingSettings, NightlySettings, GuardSettings]
+    sections = [DataSettings, SyntheticSettings, SplitSettings, LeakSettings, *DECISIVE, *RANKING, TuneSettings]
+    served = [IndexSettings, DepthSettings, ServingSettings, NightlySettings, GuardSettings, PromotionSettings]
     return [*sections, *served, TrackingSettings]
 
 
@@ -881,6 +1130,13 @@ def _compare(manifest: dict[str, Any], dataset: dict[str, Any]) -> None:
     """Warn where a model is judged by another data set than its own."""
     if manifest["dataset"]["hash"] != dataset["hash"]:
         _warn("this is not the data set that the model learnt from; its training events may be among the targets here")
+
+
+def _refuse_leaks(dataset: Dataset, recipe: Recipe) -> None:
+    """Raises LeakError: the data set is not to be learnt from."""
+    from features.leaks import LeakSettings, find_leaks, refuse
+
+    refuse(find_leaks(dataset, settings=recipe.read(LeakSettings)), str(dataset.path))
 
 
 def _warn(message: str) -> None:

@@ -117,11 +117,20 @@ class Sequences:
     train_end: Tensor
     """Count of each user's training events, int64, shape U."""
     validation_end: Tensor
-    """Count of each user's training and validation events, int64, shape U."""
+    """Count of each user's events before the test, int64, shape U."""
+    validation_start: Tensor | None = None
+    """Count of each user's events before validation, int64, shape U; None: `train_end`. It is more where a user is held out:
+    what comes before validation is their history, of which nothing is learnt."""
 
     @property
     def users(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def learnt_until(self) -> int:
+        """Time of the latest training event; of no event, 0."""
+        begins, ends, _ = self.windows("train")
+        return max(self.times[ends[ends > begins] - 1].tolist(), default=0)
 
     def training_counts(self, items: int) -> Tensor:
         """Training events of each catalogue item, int64, shape `items`; line i belongs to row FIRST_ITEM + i."""
@@ -146,14 +155,14 @@ class Sequences:
     def windows(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """Flat (start of history, end of history = start of targets, end of targets), each int64 of shape U.
 
-        The history of `validation` is the training part, that of `test` includes the validation part; `train` has no
-        targets.
+        The history of `validation` is the training part (of a held-out user, what comes before validation), that of `test`
+        includes the validation part; `train` has no targets.
         """
         start, end = self.offsets[:-1], self.offsets[1:]
         train, validation = start + self.train_end, start + self.validation_end
+        before = train if self.validation_start is None else start + self.validation_start
+        windows = {"train": (start, train, train), "validation": (start, before, validation), "test": (start, validation, end)}
         try:
-            return {"train": (start, train, train), "validation": (start, train, validation), "test": (start, validation, end)}[
-                split
-            ]
+            return windows[split]
         except KeyError:
             raise ValueError(f"split {split!r} is none of train, validation, test") from None

@@ -72,7 +72,7 @@ def seal(
     folder: Path, files: Mapping[str, dict[str, Any]], manifest: Mapping[str, Any], name: str = MANIFEST
 ) -> dict[str, Any]:
     """Write the manifest of a folder whose files are on disk, each with its `entry`; returns it with hash and id."""
-    content = {"format": FORMAT, **manifest, "files": dict(files), "hash": _hash(files)}
+    content = {"format": FORMAT, **manifest, "files": dict(files), "hash": files_hash(files)}
     content["id"] = identity(content)
     write_file(folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return content
@@ -166,7 +166,8 @@ def identity(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+def files_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hash of a directory: of the names and the SHA-256 of its files."""
     lines = "".join(f"{file} {files[file]['sha256']}\n" for file in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 

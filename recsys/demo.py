@@ -64,7 +64,7 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
         recommender = Recommender.load(out / "bundle")
         report = evaluate(recommender, dataset, baselines=True)
     names = ("recall@10", "ndcg@10")
-    rows = [(label, {name: figures[name] for name in names}) for label, figures in report.rows()]
+    rows = [(label, {name: figures[name] for name in names}) for label, figures in report.figures.items()]
     best = best_possible_of(world, dataset)
     rows.append(("best possible", {name: best[name] for name in names}))
     terminal.metrics_table(rows, title="Every user's last event, ranked among all items they have not seen")

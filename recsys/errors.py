@@ -30,4 +30,8 @@ class StoreError(RecsysError):
 
 
 class GuardError(RecsysError):
-    """Nightly lists are not as their guards want them, so that the last night's stay live; the command exits with 3."""
+    """What was made is not as its rules want it, so that the last night, or the champion, stays; the command exits with 3."""
+
+
+class LeakError(GuardError):
+    """A data set, or a model, tells of what is not known yet: events are learnt or read that the split keeps for later."""

@@ -1,6 +1,6 @@
 """Ranking metrics from the ranks of the targets: the same arithmetic for training, evaluation and served lists.
 
-U users · P (user, target) pairs · V catalogue items
+U users · J users who have a target · P (user, target) pairs · V catalogue items
 """
 
 from __future__ import annotations
@@ -39,27 +39,61 @@ def target_ranks(scores_UV: Tensor, owners_P: Tensor, targets_P: Tensor) -> Tens
     return torch.cat(ranks)
 
 
-def measure(ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50)) -> dict[str, float]:
-    """Means over the users who have a target, named `recall@k` and `ndcg@k`.
+def measure(
+    ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50), metrics: tuple[str, ...] = ("recall", "ndcg")
+) -> dict[str, float]:
+    """Means over the users who have a target, named `recall@k` and so on."""
+    return {name: float(values_U.mean()) for name, values_U in measure_users(ranks_P, owners_P, users, ks, metrics).items()}
 
-    recall@k = targets found in the first k / min(k, targets); ndcg@k has gain 1 / log2(rank + 1) over the ideal of
-    min(k, targets) (Järvelin & Kekäläinen 2002, binary gains).
+
+def measure_users(
+    ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50), metrics: tuple[str, ...] = ("recall", "ndcg")
+) -> dict[str, Tensor]:
+    """`measure` before the mean: float64 of the users who have a target, in the order of their numbers below `users`.
+
+    Of a user, within the first k places:
+    recall = targets found / min(k, targets);
+    ndcg = sum of 1 / log2(rank + 1) over found targets / the same sum of an ideal list with min(k, targets) targets
+    (Järvelin & Kekäläinen 2002, binary gains);
+    mrr = 1 / rank of the first found target (Voorhees 1999);
+    map = mean over min(k, targets) of the precision at each found target (average precision, cut at k);
+    hit = 1 where a target is found.
     """
-    return {name: float(values_U.mean()) for name, values_U in measure_users(ranks_P, owners_P, users, ks).items()}
-
-
-def measure_users(ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50)) -> dict[str, Tensor]:
-    """`measure` before the mean: float64 of the users who have a target, in the order of their numbers below `users`."""
     targets_U = torch.bincount(owners_P, minlength=users)
-    judged_U = targets_U > 0
+    judged_J = targets_U.nonzero().flatten()
+    listed_P = ranks_P <= max(ks, default=0)  # the others count in `targets_U` alone
+    ranks_P, owners_P = ranks_P[listed_P], owners_P[listed_P]
+    best_J = torch.full((users,), MISSED, device=ranks_P.device).scatter_reduce(0, owners_P, ranks_P.long(), "amin")[judged_J]
     gains_P = 1 / torch.log2(ranks_P.double() + 1)
+    precisions_P = _order(ranks_P, owners_P, users).double() / ranks_P if "map" in metrics else gains_P
     out = {}
     for k in ks:
-        found_P = ranks_P <= k
-        possible_U = targets_U[judged_U].clamp(max=k)
-        ideal = pad(1 / torch.log2(torch.arange(2, k + 2).double()), (1, 0)).cumsum(0).to(ranks_P.device)
-        hits_U = torch.bincount(owners_P[found_P], minlength=users)[judged_U]
-        gain_U = torch.bincount(owners_P[found_P], weights=gains_P[found_P], minlength=users)[judged_U]
-        out[f"recall@{k}"] = hits_U.double() / possible_U
-        out[f"ndcg@{k}"] = gain_U / ideal[possible_U]
+        found_P, possible_J = ranks_P <= k, targets_U[judged_J].clamp(max=k).double()
+        own_P, ideals = owners_P[found_P], pad(1 / torch.log2(torch.arange(2, k + 2).double()), (1, 0)).cumsum(0)
+        for metric in metrics:
+            if metric == "recall":
+                values_J = torch.bincount(own_P, minlength=users)[judged_J] / possible_J
+            elif metric == "ndcg":
+                ideal_J = ideals.to(ranks_P.device)[possible_J.long()]
+                values_J = torch.bincount(own_P, gains_P[found_P], minlength=users)[judged_J] / ideal_J
+            elif metric == "mrr":
+                values_J = (1 / best_J.double()).masked_fill(best_J > k, 0)
+            elif metric == "map":
+                values_J = torch.bincount(own_P, precisions_P[found_P], minlength=users)[judged_J] / possible_J
+            else:
+                values_J = (best_J <= k).double()
+            out[f"{metric}@{k}"] = values_J
     return out
+
+
+METRICS = ("recall", "ndcg", "mrr", "map", "hit")
+"""All that `measure_users` knows."""
+
+
+def _order(ranks_P: Tensor, owners_P: Tensor, users: int) -> Tensor:
+    """The place, from 1, of each target among its owner's targets by rank."""
+    order_P = (owners_P << 32 | ranks_P).argsort()
+    counts_U = torch.bincount(owners_P, minlength=users)
+    first_P = (counts_U.cumsum(0) - counts_U)[owners_P[order_P]]
+    places_P = torch.arange(1, len(owners_P) + 1, device=owners_P.device) - first_P
+    return torch.empty_like(places_P).scatter(0, order_P, places_P)

@@ -132,6 +132,41 @@ def metrics_table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str = 
     _show(table)
 
 
+def report_table(report: Mapping[str, Any]) -> None:
+    """What to think of it, then one line a lister with its interval, then slices of the model alone."""
+    from rich.table import Table
+
+    k = report["decisive"].partition("@")[2]
+    print(report["verdict"])
+    print(report["protocol"]["text"])
+    if report["leaks"]["found"]:
+        print(f"LEAKS were found ({', '.join(report['leaks']['found'])}); `recsys leaks` tells the rows")
+    names = [report["decisive"], f"recall@{k}", f"mrr@{k}", f"map@{k}", f"recall@{max(report['ks'])}", f"coverage@{k}"]
+    table = Table(title=f"{report['users']:,} users, 95 % intervals by bootstrap over users")
+    for name in ("", *names):
+        table.add_column(name, justify="right" if name else "left")
+    for lister, figures in report["figures"].items():
+        table.add_row(lister, *(_estimate(figures.get(name)) for name in names))
+    _show(table)
+    table = Table(title=f"{report['decisive']} of the model by slices")
+    for name in ("", "", "users", "model", "the best baseline"):
+        table.add_column(name, justify="right" if name else "left")
+    for part in report["slices"]:
+        beside = part.get("best_baseline", {}).get(report["decisive"])
+        own = part["figures"][report["decisive"]]
+        table.add_row(part["by"], part["slice"], f"{part['users']:,}", _estimate(own), _estimate(beside))
+    _show(table)
+    for slice_, by in report["cold"].items():
+        metrics_table(list(by.items()), title=slice_)
+
+
+def _estimate(figure: Mapping[str, float | None] | None) -> str:
+    if figure is None or figure["mean"] is None:
+        return "–"
+    low, high = figure.get("low"), figure.get("high")
+    return f"{figure['mean']:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else "")
+
+
 def top_table(answer: Mapping[str, Any]) -> None:
     """The items of an answer, best first."""
     names = ("rank", "item_id", "title", "score", "probability")
@@ -166,6 +201,28 @@ def frontier_table(found: Mapping[str, Any]) -> None:
         chosen = record == found["chosen"]
         table.add_row("→" if chosen else "", *cells, style="bold" if chosen else None)
     _show(table)
+
+
+def comparison_tables(found: Mapping[str, Any]) -> None:
+    """What two reports say of each other: the verdict, the metrics at the deciding k, the slices, and what to mind."""
+    k = found["decisive"].partition("@")[2]
+    names = found["a"]["name"], found["b"]["name"]
+
+    def line(head: Mapping[str, Any], part: Mapping[str, Any], p: str) -> dict[str, str]:
+        share, ends = part["relative"]["mean"], (part["difference"]["low"], part["difference"]["high"])
+        sides = {names[0]: f"{part['a']:.4f}", names[1]: f"{part['b']:.4f}"}
+        interval = "–" if None in ends else f"[{ends[0]:+.4f}, {ends[1]:+.4f}]"
+        apart = {"difference": f"{part['difference']['mean']:+.4f}", f"{found['level']:.0%} interval": interval}
+        return {**head, **sides, **apart, "relative": "–" if share is None else f"{share:+.1%}", p: f"{part[p]:.3f}"}
+
+    print(found["verdict"])
+    metrics = [part for part in found["metrics"] if part["metric"].endswith(f"@{k}")]
+    records_table([line({"metric": part["metric"]}, part, "p") for part in metrics])
+    slices = [({"slice": f"{part['by']}: {part['slice']}", "users": part["users"]}, part) for part in found["slices"]]
+    if slices:
+        records_table([line(head, part, "p_adjusted") for head, part in slices], title=f"{found['decisive']} by slice")
+    for note in (*found["notes"], f"{found['won']:,} users won, {found['lost']:,} lost, {found['equal']:,} equal"):
+        print(note)
 
 
 def _words(figures: Mapping[str, float]) -> str:

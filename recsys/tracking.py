@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,6 +37,21 @@ class TrackingSettings(Settings):
     """Registered model whose versions are the bundles."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a store holds of a run."""
+
+    settings: Mapping[str, str]
+    """As text, by section.key."""
+    tags: Mapping[str, str]
+    metrics: Mapping[tuple[str, int], float]
+    """By MLflow's name and the step."""
+    sources: Sequence[str]
+    """Where its data sets lay."""
+    reports: Mapping[str, Mapping[str, Any]]
+    """Of evaluations, by the name of their file."""
+
+
 class Tracking:
     """One MLflow run, or nothing where tracking is off."""
 
@@ -66,9 +81,7 @@ class Tracking:
         if not self.on:
             yield self
             return
-        store = self.uri.removeprefix("sqlite:///")
-        if self.there and store != self.uri and not Path(store).is_file():  # MLflow would make an empty one there
-            raise self._gone()
+        self._require_store()
         mlflow = self._mlflow()
         try:
             active = mlflow.start_run(
@@ -104,6 +117,33 @@ class Tracking:
             client.set_tag(self.run_id, tag, text)
         client.set_terminated(self.run_id, {"complete": "FINISHED", "pruned": "KILLED"}.get(state, "FAILED"))
 
+    def recorded(self) -> Recorded:
+        """What the store holds of this run. Raises SetupError: it has no such run, or does not answer."""
+        self._require_store()
+        mlflow = self._mlflow()
+        client = mlflow.MlflowClient()
+        try:
+            run = client.get_run(self.run_id)
+            names = [name for name in run.data.metrics if not name.startswith("system/")]
+            histories = {name: client.get_metric_history(self.run_id, name) for name in names}
+            files = [file for file in client.list_artifacts(self.run_id) if file.path.startswith("report_")]
+            reports = [f"{file.path}/report.json" if file.is_dir else file.path for file in files]
+            return Recorded(
+                dict(run.data.params),
+                dict(run.data.tags),
+                {(name, point.step): point.value for name, history in histories.items() for point in history},
+                [used.dataset.source for used in run.inputs.dataset_inputs],
+                {name: mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{name}") for name in reports},
+            )
+        except mlflow.exceptions.MlflowException:
+            raise self._gone() from None
+
+    def _require_store(self) -> None:
+        """Raises SetupError: the run's SQLite file is gone, and MLflow would make an empty one there."""
+        store = self.uri.removeprefix("sqlite:///")
+        if self.there and store != self.uri and not Path(store).is_file():
+            raise self._gone()
+
     def _gone(self) -> SetupError:
         what = f"run {self.run_id}" if self.run_id else "store"
         return SetupError(f"MLflow at {self.uri} has no {what}; bring its store back, or leave MLflow out")
@@ -137,12 +177,16 @@ class Tracking:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
             log(self.run_id, str(path), folder or None)
 
-    def report(self, report: Mapping[str, Any]) -> None:
-        """An evaluation: its figures as metrics named by split, and the whole as report_SPLIT.json."""
+    def report(self, report: Mapping[str, Any], folder: Path | None = None) -> None:
+        """A report: its figures as metrics named by split, and the whole as report_SPLIT.json, or its folder where it has one."""
         if self.on:
-            name = f"{report['split']}_repeats" if report["repeats"] else str(report["split"])
-            self.metrics({f"{name}_{key}": value for key, value in report.items() if "@" in key})
-            self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
+            name = report["protocol"]["split"] + ("" if report["protocol"]["filter_seen"] else "_repeats")
+            figures = report["figures"]["model"].items()
+            self.metrics({f"{name}_{key}": figure["mean"] for key, figure in figures if figure["mean"] is not None})
+            if folder is None:
+                self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
+            else:
+                self.file(folder, f"report_{name}")
 
     def night(self, manifest: Mapping[str, Any]) -> None:
         """Nightly lists: what their manifest counts as metrics, with the guards and the speed, and the whole as night.json."""
@@ -159,8 +203,11 @@ class Tracking:
             )
             client.log_dict(self.run_id, dict(manifest), "night.json")
 
-    def register(self, bundle: Path, identity: str, alias: str = CHAMPION) -> str:
-        """Record a bundle as the next version of the registered model and promote it; the version's number."""
+    def register(self, bundle: Path, identity: str, before: str = "") -> str:
+        """Record a bundle as the next version of the registered model, and return the version's number.
+
+        It becomes champion where there is none yet, or where the champion is the bundle `before`, of which this one is made.
+        """
         if not self.on:
             return ""
         mlflow = self._mlflow()
@@ -171,9 +218,32 @@ class Tracking:
         folder = f"bundles/{identity}"
         self.file(bundle, folder)
         source = f"{client.get_run(self.run_id).info.artifact_uri}/{folder}"
-        version = client.create_model_version(name, source, run_id=self.run_id, tags={"bundle": identity})
-        self.promote(str(version.version), alias)
-        return str(version.version)
+        version = str(client.create_model_version(name, source, run_id=self.run_id, tags={"bundle": identity}).version)
+        now = self.champion()
+        if not now or (before and client.get_model_version(name, now).tags.get("bundle") == before):
+            self.promote(version)
+        return version
+
+    def champion(self) -> str:
+        """The version that is champion; empty where there is none, or no registered model."""
+        if not self.on:
+            return ""
+        name = self.settings.model
+        with self._answering(f"model {name}"):
+            there = self._registry().search_registered_models(filter_string=f"name = '{name}'")
+            return self._line_of(CHAMPION)[0] if there else ""
+
+    def decided(self, version: str, tags: Mapping[str, str], evidence: Path | None = None) -> None:
+        """Write what was decided of a version on it, as tags `promotion.…`, and the files of `evidence` to its run.
+
+        MLflow's names have no @: `ndcg@10` is `ndcg_at_10`. Raises SetupError: no such version.
+        """
+        client, name = self._registry(), self.settings.model
+        with self._answering(f"version {version} of model {name}"):
+            if evidence is not None:
+                client.log_artifacts(client.get_model_version(name, version).run_id, str(evidence), f"promotion/{version}")
+            for tag, text in tags.items():
+                client.set_model_version_tag(name, version, f"promotion.{tag.replace('@', '_at_')}", text)
 
     def promote(self, version: str, alias: str = CHAMPION) -> None:
         """Move the alias to a version, and remember the one before it. Raises SetupError: no such version."""
@@ -233,7 +303,7 @@ class Tracking:
         return folder
 
     def versions(self) -> list[dict[str, Any]]:
-        """The registered bundles, newest first: version, bundle, aliases, created (UTC), run, source."""
+        """The registered bundles, newest first: version, bundle, aliases, decision, created (UTC), run, source."""
         if not self.on:
             return []
         client = self._mlflow().MlflowClient()
@@ -244,6 +314,7 @@ class Tracking:
                 "version": int(version.version),
                 "bundle": version.tags.get("bundle", ""),
                 "aliases": ", ".join(sorted(alias for alias, number in aliases.items() if number == version.version)),
+                "decision": version.tags.get("promotion.decision", ""),
                 "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
                 "run": version.run_id,
                 "source": version.source,

@@ -27,6 +27,7 @@ from recsys.errors import DataError, RequestError
 from recsys.metrics import measure
 from serving.engine import DepthSettings, Recommender
 from serving.evaluation.judge import judge
+from serving.evaluation.protocol import ProtocolSettings
 from serving.export import measure_bundle, spread
 from serving.golden import renew
 from serving.index import Index, IndexSettings, lists
@@ -212,8 +213,8 @@ def spend(
     if k < 1 or users < 1:
         raise RequestError(f"k is {k}, users are {users}; ask for at least 1 of each")
     sequences = recommender.catalogue.align(dataset)
-    firsts = torch.minimum(sequences.train_end + 1, sequences.validation_end)
-    sequences = replace(sequences, validation_end=firsts)
+    _, begins_U, ends_U = sequences.windows("validation")
+    sequences = replace(sequences, validation_end=torch.minimum(begins_U + 1, ends_U) - sequences.offsets[:-1])
     begins_U, ends_U, targets_U = sequences.windows("validation")
     users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
     judged_B = users_U[spread(len(users_U), users)]
@@ -222,7 +223,7 @@ def spend(
     def worth(profile: Profile, tell: Callable[[int], None]) -> dict[str, float]:
         nonlocal judged
         lister = profile.of(recommender)
-        _, ranks_P, owners_P, _ = judge(lister, sequences, "validation", judged_B, max(k, K), False, tell)
+        _, ranks_P, owners_P, _ = judge(lister, sequences, ProtocolSettings(split="validation"), judged_B, max(k, K), tell)
         if not len(owners_P):
             raise DataError(
                 "the validation split has nobody with a history and a new item; give more events or another [split]"
@@ -315,13 +316,13 @@ def time_answers(
 ) -> list[Timed]:
     """How long each takes for an answer, of REQUESTS; each request goes to all of them in turn, each time to another first."""
     seconds: list[list[float]] = [[] for _ in recommenders]
-    find = recommenders[0].catalogue.by_id
     for number in range(-WARM, REQUESTS):
         request = asked[number % len(asked)]
         for place in range(len(recommenders)):
             chosen = (number + place) % len(recommenders)
+            answer, find = recommenders[chosen].answer, recommenders[chosen].catalogue.by_id
             started = time.perf_counter()
-            recommenders[chosen].answer(**request, find=find)
+            answer(**request, find=find)
             if number >= 0:
                 seconds[chosen].append(time.perf_counter() - started)
         if number >= 0:

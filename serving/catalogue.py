@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,13 +148,7 @@ class Catalogue:
         theirs, sequences = dataset.items["item_id"], dataset.sequences
         if theirs.equals(self.items["item_id"], check_dtypes=True):
             return sequences
-        return Sequences(
-            self.aligned(theirs)[sequences.items.long()],
-            sequences.times,
-            sequences.offsets,
-            sequences.train_end,
-            sequences.validation_end,
-        )
+        return replace(sequences, items=self.aligned(theirs)[sequences.items.long()])
 
     def aligned(self, theirs: pl.Series) -> Tensor:
         """The row here of each row of a data set with these items; int32, shape FIRST_ITEM + items."""

@@ -185,6 +185,11 @@ class Recommender:
         return self.model.lines
 
     @property
+    def learnt(self) -> int:
+        """Items with training events: the first lines."""
+        return self.model.items
+
+    @property
     def items(self) -> int:
         """Items that can be recommended: something is known of them, and they were not removed."""
         return self.lines if self.live_V is None else int(self.live_V.sum())

@@ -111,7 +111,7 @@ def unknown_to_the_search(world, tmp):
 
 
 def no_such_split(world, tmp):
-    return ["evaluate", world / "bundle", "--dataset", world / "dataset", "--split", "future"]
+    return ["evaluate", world / "bundle", "--dataset", world / "dataset", "--set", "protocol.split=future"]
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,11 @@ def read(path):
 
 def test_offline_and_online_name_the_same_items_in_the_same_order(world, run, lists, tmp_path, capsys):
     _, recommender, histories = lists
-    words = ("evaluate", world / "bundle", "--dataset", world / "dataset", "--json", "--lists", tmp_path / "lists.parquet")
+    words = ("evaluate", world / "bundle", "--dataset", world / "dataset", "--json", "--out", tmp_path / "report")
     assert run(*words) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert {"recall@10", "ndcg@10", "recall@50", "ndcg@50"} <= set(figures)
-    offline = read(tmp_path / "lists.parquet")
+    assert {"recall@10", "ndcg@10", "recall@50", "ndcg@50"} <= set(figures["figures"]["model"])
+    offline = read(tmp_path / "report" / "lists.parquet")
     with asked(world / "bundle") as client:
         for user, history in list(histories.items())[:97]:
             answer = client.post("/v1/recommend", json={"history": history, "k": K}).json()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 
 from features.dataset import Dataset
 from features.download import cache_folder
+from recsys import __version__
 from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, write_file
 from recsys.config import Settings
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
@@ -61,7 +65,8 @@ def train(
     set, or `base` is of another one.
     """
     digest = dataset.manifest["hash"]
-    key = run_key(recipe, digest, base)
+    base_id = "" if base is None else str(open_directory(base / MODEL, verify=False).manifest["id"])
+    key = run_key(recipe, digest, base_id)
     if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
         raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
     if recipe.get(RankerSettings.section, {}).get("blocks"):
@@ -76,8 +81,9 @@ def train(
     with tracking.run(out.name):
         tracking.settings_of(recipe)
         tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
-        write_file(out / RUN, json.dumps({"key": key, "recipe": recipe, "tracking": tracking.address}, indent=1).encode())
-        started = time.monotonic()
+        said = {"key": key, "base": base_id, "recipe": recipe, "tracking": tracking.address}
+        write_file(out / RUN, json.dumps(said, indent=1).encode())
+        started, around = time.monotonic(), environment(device)
 
         def watch(observation: Observation) -> None:
             if observation.validation is not None:
@@ -100,9 +106,14 @@ def train(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 1),
             "tracking": tracking.address,
+            "dataset": str(dataset.path.absolute()),
+            "base": base_id,
+            "environment": around,
         }
         told = {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")}
-        manifest = {"kind": "model", "name": name, "recipe": recipe, "dataset": told, **learnt.about, "clock": clock}
+        told |= {"events_sha256": dataset.manifest["files"]["events.parquet"]["sha256"]}  # by these a leak is found
+        told |= {"learnt_until": dataset.sequences.learnt_until}
+        manifest = {"kind": "model", "name": name, "recipe": recipe, "dataset": told, **learnt.about, "curve": learnt.curve, "clock": clock}
         writers: dict[str, Writer] = {ITEMS: partial(shutil.copyfile, dataset.path / ITEMS), **learnt.writers}
         model = publish(out / MODEL, writers, manifest)
         for path in (out / CURVE, out / MODEL / MANIFEST):
@@ -228,13 +239,33 @@ def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | 
     return encoder, content.with_neighbours(range(len(content)), learnt, events, settings.neighbours)
 
 
-def run_key(recipe: Recipe, digest: str, base: Path | None = None) -> str:
-    """What decides a run's weights: the sections that `fit` takes, the data set's hash, and the run whose model is taken."""
+def run_key(recipe: Recipe, digest: str, base: str = "") -> str:
+    """What decides a run's weights: the sections that `fit` takes, the data set's hash, and the id of the taken model."""
     decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
     if recipe.get(RankerSettings.section, {}).get("blocks"):
         decisive |= {owner.section: recipe[owner.section] for owner in RANKING}
-    taken = [] if base is None else [open_directory(base / MODEL, verify=False).manifest["id"]]
+    taken = [base] if base else []
     return hashlib.sha256(json.dumps([decisive, digest, *taken], sort_keys=True).encode()).hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What may change a run beside its recipe, data and seed: versions, the code itself, threads, device and processor."""
+    folders = (Path(__file__).parents[1] / name for name in ("recsys", "features", "training"))
+    sources = sorted(path for folder in folders for path in folder.glob("*.py"))
+    processors = Path("/proc/cpuinfo")
+    lines = processors.read_text(encoding="utf-8").splitlines() if processors.is_file() else []
+    named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "recsys": __version__,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "numpy")},
+        "threads": torch.get_num_threads(),
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": named[0] if named else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 DECISIVE: tuple[type[Settings], ...] = (

@@ -1,14 +1,14 @@
-"""What a model must beat: popularity and item-kNN, behind one protocol and judged by the model's path.
+"""What a model must beat: popularity, recent popularity, item-kNN, EASE and repeat-last, judged by the model's path.
 
 B histories · V items with training events · k places of a list
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,8 +21,14 @@ from serving.lists import Lists, best
 
 NEIGHBOURS = 100
 """Most similar items kept for an item."""
-HALF_LIFE = 2
-"""Events after which a past event counts half; the best of 2, 4, 8, 16 on validation of ml-1m and amazon-beauty."""
+HALF_LIVES = (2.0, 4.0, 8.0, 16.0, float("inf"))
+"""Tried: events after which a past event counts half."""
+HALF_SPANS = (0.005, 0.02, 0.1, 0.3)
+"""Tried: the share of the time that training events span after which an event counts half."""
+RIDGE = 500.0
+"""What EASE adds to the diagonal of the items' Gram matrix."""
+LARGEST = 15_000
+"""Items of EASE at most: weights of .9 GB, solved in about a minute."""
 BATCH = 256
 """Histories scored at once."""
 
@@ -36,12 +42,16 @@ class Baseline(Protocol):
 
 
 class Ranked:
-    """A baseline as a lister."""
+    """A baseline as a lister; where `among_V` is given, of those items alone."""
 
     reads_now = False
 
-    def __init__(self, baseline: Baseline) -> None:
-        self.baseline = baseline
+    def __init__(self, baseline: Baseline, among_V: Tensor | None = None) -> None:
+        self.baseline, self.among_V = baseline, among_V
+
+    def among(self, among_V: Tensor) -> Ranked:
+        """The same of some items alone; bool, one for each item of the catalogue."""
+        return Ranked(self.baseline, among_V)
 
     def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
         """The k best items for each history."""
@@ -51,6 +61,8 @@ class Ranked:
             begins_B, ends_B = histories.offsets[start:stop], histories.offsets[start + 1 : stop + 1]
             part = gather(histories.values, histories.times, begins_B, ends_B)
             scores_BV = self.baseline.scores(part)
+            if self.among_V is not None:
+                scores_BV = scores_BV.masked_fill(~self.among_V[: scores_BV.shape[1]], -torch.inf)
             if filter_seen:
                 known_N = part.values < FIRST_ITEM + scores_BV.shape[1]
                 scores_BV[part.owners[known_N], part.values[known_N] - FIRST_ITEM] = -torch.inf
@@ -70,54 +82,111 @@ class Popularity:
         return self.counts_V.repeat(len(histories), 1)
 
 
-class ItemKNN:
-    """Items that the same users had in the training part: cosine of item columns, summed over a fading history.
+class RecentPopularity:
+    """The items most popular of late, for everybody: a training event counts half for each `half_span` of the time that
+    training events span."""
 
-    (Sarwar et al. 2001; fading as in Ludewig & Jannach 2018.)
-    """
+    def __init__(self, sequences: Sequences, items: int, half_span: float) -> None:
+        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+        last, first = (int(train.times.max()), int(train.times.min())) if len(train.times) else (0, 0)
+        weights_N = 0.5 ** ((last - train.times).double() / max(1.0, half_span * (last - first)))
+        rows = FIRST_ITEM + items
+        self.scores_V = torch.bincount(train.values, weights_N, minlength=rows)[FIRST_ITEM:rows].float()
+
+    def scores(self, histories: Batch) -> Tensor:
+        return self.scores_V.repeat(len(histories), 1)
+
+
+class RepeatLast:
+    """The items of the history, the latest first; then the most popular ones."""
 
     def __init__(self, sequences: Sequences, items: int) -> None:
-        from scipy.sparse import coo_matrix
+        self.popularity = Popularity(sequences, items)
 
-        near = Companions.of(sequences, items, NEIGHBOURS)
-        lines_P, places_P = (near.rows_RK[FIRST_ITEM:] != PADDING).nonzero(as_tuple=True)
-        columns_P = near.rows_RK[lines_P + FIRST_ITEM, places_P] - FIRST_ITEM
-        cells = (near.cosines_RK[lines_P + FIRST_ITEM, places_P].numpy(), (lines_P.numpy(), columns_P.numpy()))
-        self.similar_VV = coo_matrix(cells, shape=(items, items)).tocsr()
+    def scores(self, histories: Batch) -> Tensor:
+        scores_BV = self.popularity.scores(histories)
+        items = scores_BV.shape[1]
+        known_N = (histories.values >= FIRST_ITEM) & (histories.values < FIRST_ITEM + items)
+        places_N = torch.arange(1, len(histories.values) + 1) - histories.offsets[:-1][histories.owners]
+        ahead_N = float(scores_BV.max()) + places_N.float() if len(scores_BV) else places_N.float()
+        cells_N = histories.owners[known_N] * items + histories.values[known_N] - FIRST_ITEM
+        scores_BV.view(-1).scatter_reduce_(0, cells_N, ahead_N[known_N], "amax")
+        return scores_BV
+
+
+class Linear:
+    """Weights between items, applied to a fading history: an event counts half for each `half_life` events after it."""
+
+    def __init__(self, weights_VV: Any, half_life: float) -> None:
+        self.weights_VV, self.half_life = weights_VV, half_life
 
     def scores(self, histories: Batch) -> Tensor:
         ages_N = (torch.repeat_interleave(histories.offsets[1:], histories.lengths) - 1) - torch.arange(len(histories.values))
-        recent_BV = _sparse(histories, 0.5 ** (ages_N / HALF_LIFE), self.similar_VV.shape[0])
-        return torch.from_numpy((recent_BV @ self.similar_VV).toarray())
+        recent_BV = _sparse(histories, 0.5 ** (ages_N / self.half_life), self.weights_VV.shape[0])
+        scores_BV = recent_BV @ self.weights_VV
+        return torch.from_numpy(scores_BV if isinstance(scores_BV, np.ndarray) else scores_BV.toarray())
 
 
-BASELINES: dict[str, Callable[[Sequences, int], Ranked]] = {
-    "popularity": lambda sequences, items: Ranked(Popularity(sequences, items)),
-    "item-kNN": lambda sequences, items: Ranked(ItemKNN(sequences, items)),
+def item_knn(sequences: Sequences, items: int) -> Any:
+    """Cosine of item columns in the training part, of the NEIGHBOURS nearest (Sarwar et al. 2001); sparse, V × V."""
+    from scipy.sparse import coo_matrix
+
+    near = Companions.of(sequences, items, NEIGHBOURS)
+    lines_P, places_P = (near.rows_RK[FIRST_ITEM:] != PADDING).nonzero(as_tuple=True)
+    columns_P = near.rows_RK[lines_P + FIRST_ITEM, places_P] - FIRST_ITEM
+    cells = (near.cosines_RK[lines_P + FIRST_ITEM, places_P].numpy(), (lines_P.numpy(), columns_P.numpy()))
+    return coo_matrix(cells, shape=(items, items)).tocsr()
+
+
+def ease(sequences: Sequences, items: int) -> Any:
+    """I - P diag(P)^-1 with P = (X'X + RIDGE I)^-1, of users × items X of the training part (EASE: Steck 2019); V × V.
+
+    Of the LARGEST most popular items alone: the others score nothing.
+    """
+    from scipy.sparse import coo_matrix
+
+    items = min(items, LARGEST)
+    train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+    known_N = (train.values >= FIRST_ITEM) & (train.values < FIRST_ITEM + items)
+    cells_N = torch.unique(train.owners[known_N] * items + train.values[known_N] - FIRST_ITEM)
+    places = ((cells_N // items).numpy(), (cells_N % items).numpy())
+    had_UV = coo_matrix((np.ones(len(cells_N), np.float32), places), shape=(sequences.users, items)).tocsr()
+    gram_VV = torch.from_numpy((had_UV.T @ had_UV).toarray())
+    gram_VV.diagonal().add_(RIDGE)
+    inverse_VV = torch.cholesky_inverse(torch.linalg.cholesky(gram_VV))
+    weights_VV = inverse_VV.div_(-inverse_VV.diagonal().clone())
+    weights_VV.diagonal().zero_()
+    return weights_VV.numpy()
+
+
+def _fading(weights_VV: Any) -> list[Baseline]:
+    return [Linear(weights_VV, half_life) for half_life in HALF_LIVES]
+
+
+BASELINES: dict[str, Callable[[Sequences, int], Sequence[Baseline]]] = {
+    "popularity": lambda sequences, items: [Popularity(sequences, items)],
+    "recent popularity": lambda sequences, items: [RecentPopularity(sequences, items, span) for span in HALF_SPANS],
+    "item-kNN": lambda sequences, items: _fading(item_knn(sequences, items)),
+    "EASE": lambda sequences, items: _fading(ease(sequences, items)),
 }
+"""Name → what it learns of the training part: variants, of which validation chooses."""
+REPEATING: dict[str, Callable[[Sequences, int], Sequence[Baseline]]] = {
+    "repeat-last": lambda sequences, items: [RepeatLast(sequences, items)]
+}
+"""Of those that name items of the history, and hardly others."""
 
 
 class MeanText:
-    """The items whose text is nearest to the mean text vector of the history, by cosine; no event is learnt.
+    """The items whose text is nearest to the mean text vector of the history, by cosine; no event is learnt."""
 
-    `among_V` are the only items that are ranked.
-    """
-
-    def __init__(self, described: Described, learnt: int, among_V: Tensor) -> None:
+    def __init__(self, described: Described, learnt: int) -> None:
         self.vectors_VP = ContentEncoder.fit(described.take(learnt), TextSettings()).encode(described).pooled_VP
-        self.among_V = among_V
-
-    def among(self, among_V: Tensor) -> MeanText:
-        """The same over other items."""
-        other = copy.copy(self)
-        other.among_V = among_V
-        return other
 
     def scores(self, histories: Batch) -> Tensor:
         known_N = histories.values < FIRST_ITEM + len(self.vectors_VP)
         sums_BP = torch.zeros(len(histories), self.vectors_VP.shape[1])
         sums_BP.index_add_(0, histories.owners[known_N], self.vectors_VP[histories.values[known_N] - FIRST_ITEM])
-        return (normalize(sums_BP) @ self.vectors_VP.T).masked_fill(~self.among_V, -torch.inf)
+        return normalize(sums_BP) @ self.vectors_VP.T
 
 
 def _sparse(histories: Batch, weights_N: Tensor, items: int) -> Any:

@@ -1,6 +1,6 @@
-"""Judge the served path: recall and NDCG of the lists that users would see, over the whole catalogue.
+"""Judge lists by a protocol: the served path, each of its stages, and what it must beat, by one code.
 
-U judged users · B histories of a batch · P (user, target) pairs · K depth of the lists
+U judged users · B histories of a batch · P (user, target) pairs · K depth of the lists · V catalogue items
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from features.dataset import Dataset
 from features.split import SplitSettings, is_cold
 from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
 from recsys.errors import DataError, RequestError
-from recsys.metrics import MISSED, measure, new_targets
+from recsys.metrics import MISSED, measure, measure_users, new_targets
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
-from serving.evaluation.baselines import BASELINES, MeanText, Ranked
+from serving.evaluation.baselines import BASELINES, REPEATING, Baseline, MeanText, Ranked
+from serving.evaluation.beyond import Beyond, Shown
+from serving.evaluation.given import GivenLists
+from serving.evaluation.protocol import ProtocolSettings, in_words, protocol_of
 from serving.lists import Lister, Lists
 from serving.tables import lists_columns, lists_frame, write_frames
 
@@ -29,41 +32,111 @@ if TYPE_CHECKING:
 
 USERS = 1024
 """Users judged at once."""
+CHOOSING = 1000
+"""Users of the validation split by whom the variant of a baseline is chosen, evenly chosen."""
+AMONG = ", among cold items"
+"""Behind the name of a lister that ranks cold items alone."""
+
+Tell = Callable[[int, int], None]
+"""Hears (users done, users in all)."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was judged, the figures of the model and of whatever stood beside it, and the model's lists."""
+class Judged:
+    """How one lister's lists were found."""
+
+    kind: str
+    """model, stage (of the served path) or baseline."""
+    ranks_P: Tensor
+    """Rank from 1 of every target, MISSED where it is in no list; int64."""
+    shown: Shown | None
+    """Of the first places; None where only some items are ranked."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was judged, by which protocol, and every lister's ranks; model first."""
 
     bundle: str
-    split: str
-    repeats: bool
+    """Its id; empty for lists."""
+    protocol: ProtocolSettings
+    text: str
+    """The protocol in words."""
     request_time: bool
     """Whether the model was told when each user's first target happened."""
-    users: int
-    """Users with a history and a target."""
-    figures: Mapping[str, Mapping[str, float]]
-    """recall@k and ndcg@k by name: model first."""
-    slices: Mapping[str, Mapping[str, Mapping[str, float]]]
-    """Where the split has cold items, the figures by targets: `cold` and `warm` ones in full lists, and `cold among cold`."""
-    lists: Lists
-    """Of all users with a history and a later event."""
-    user_ids: pl.Series
-    """Of the lists."""
+    ks: tuple[int, ...]
+    dataset: Dataset
     catalogue: Catalogue
+    sequences: Sequences
+    """The data set's, in the rows of the catalogue."""
+    users_U: Tensor
+    """Of `sequences`: those with a history and a target."""
+    owners_P: Tensor
+    """Place in `users_U` of each target."""
+    targets_P: Tensor
+    """Item rows."""
+    judged: Mapping[str, Judged]
+    cold_V: Tensor | None
+    """Which items the data set keeps cold; None: none."""
+    lists: Lists
+    """The model's."""
+    asked_U: Tensor
+    """Users of the lists: those with a history and a later event, of whom some have no target."""
 
-    def rows(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The figures as lines of a table."""
-        slices = [(f"{name}: {slice_}", figures) for slice_, by in self.slices.items() for name, figures in by.items()]
-        return [*self.figures.items(), *slices]
+    @property
+    def users(self) -> int:
+        """Users with a history and a target."""
+        return len(self.users_U)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The model's figures beside what was judged, the others' under `baselines`; ready for JSON."""
-        others = {name: dict(values) for name, values in self.figures.items() if name != "model"}
-        about = {"bundle": self.bundle, "split": self.split, "repeats": self.repeats, "request_time": self.request_time}
-        counts = {"users": self.users, "underfilled": self.lists.underfilled, "popular": int(self.lists.popular.sum())}
-        more = {"baselines": others, "slices": {name: dict(by) for name, by in self.slices.items()}}
-        return {**about, **counts, **self.figures["model"], **{name: value for name, value in more.items() if value}}
+    @property
+    def user_ids(self) -> pl.Series:
+        """Of the lists."""
+        return self.dataset.user_ids.gather(self.asked_U.numpy())
+
+    def values(
+        self, lister: str, metrics: tuple[str, ...], ks: tuple[int, ...] = (), chosen_P: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Of each judged user, float64 of shape U; with `chosen_P` of these targets alone, NaN for a user who has none."""
+        ranks_P, owners_P = self.judged[lister].ranks_P, self.owners_P
+        if chosen_P is not None:
+            ranks_P, owners_P = ranks_P[chosen_P], owners_P[chosen_P]
+        found = measure_users(ranks_P, owners_P, self.users, ks or self.ks, metrics)
+        if chosen_P is None:
+            return found
+        has_U = torch.bincount(owners_P, minlength=self.users) > 0
+        blank_U = torch.full((self.users,), torch.nan, dtype=torch.float64)
+        return {name: blank_U.masked_scatter(has_U, values) for name, values in found.items()}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """recall@k and ndcg@k by lister; those that rank cold items alone stand in `slices`."""
+        return {
+            name: measure(judged.ranks_P, self.owners_P, self.users, self.ks)
+            for name, judged in self.judged.items()
+            if not name.endswith(AMONG)
+        }
+
+    @property
+    def cold_P(self) -> Tensor:
+        """Which targets are of items that are kept cold."""
+        assert self.cold_V is not None
+        known_P = self.targets_P < FIRST_ITEM + len(self.cold_V)
+        return known_P & self.cold_V[(self.targets_P - FIRST_ITEM).clamp(max=len(self.cold_V) - 1)]
+
+    @property
+    def slices(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Where the split has cold items, the figures by targets: `warm` and `cold` in full lists, and `cold among cold`."""
+        out: dict[str, dict[str, dict[str, float]]] = {}
+        if self.cold_V is None:
+            return out
+        for name, judged in self.judged.items():
+            among = name.endswith(AMONG)
+            parts = {"cold among cold": self.cold_P} if among else {"warm": ~self.cold_P, "cold": self.cold_P}
+            for slice_, chosen_P in parts.items():
+                if bool(chosen_P.any()):
+                    found = measure(judged.ranks_P[chosen_P], self.owners_P[chosen_P], self.users, self.ks)
+                    out.setdefault(slice_, {})[name.removesuffix(AMONG)] = found
+        return out
 
     def frame(self) -> pl.DataFrame:
         """The model's lists: user_id, item_id, rank from 1, score."""
@@ -75,104 +148,186 @@ class Report:
 
 
 def evaluate(
-    recommender: Recommender,
+    subject: Recommender | GivenLists,
     dataset: Dataset,
-    split: str = "test",
+    protocol: ProtocolSettings | None = None,
     ks: Sequence[int] = (10, 50),
-    repeats: bool = False,
     baselines: bool = True,
     depth: int = 0,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Report:
-    """Judge users who have a history and, in the split, a target: an item new to them; with `repeats`, any item.
+    progress: Tell = lambda done, of: None,
+) -> Evaluation:
+    """Judge the lists of users who have a history and a target, as the protocol says (default: new items of the test).
 
-    Without `repeats` items of the history are not recommended. A target that the model has no vector for is missed. With
-    `baselines` popularity and item-kNN are judged too, and each stage of the served path: as retrieved and as ranked where
-    there is a ranker, exact search (as retrieved) where the bundle's is not. `depth` is how long
-    lists are (default and least: the largest k). A model that reads the time of requests is asked at the time of each
-    user's first target. A data set with cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the
-    cold ones once more among cold items alone, beside the items nearest to the mean text of the history. `progress` hears
-    (users done, users in all).
-    Raises DataError: nobody can be judged. RequestError: no such split, or a k below 1.
+    A target that the model has no vector for is missed. With `baselines` what is in serving.evaluation.baselines is judged
+    too, each by the variant that is best on validation, and each stage of the served path: as retrieved and as ranked where
+    there is a ranker, exact search (as retrieved) where the bundle's is not. `depth` is how long lists are (default and least:
+    the largest k). A model that reads the time of requests is asked at the time of each user's first target. A data set with
+    cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the cold ones once more among cold items
+    alone, beside the items nearest to the mean text of the history.
+    Raises DataError: nobody can be judged. RequestError: a k below 1, or a protocol that does not fit.
     """
-    if split not in ("validation", "test"):
-        raise RequestError(f"split {split!r} cannot be judged; give validation or test")
     if not ks or min(ks) < 1:
         raise RequestError(f"ks are {list(ks)}; give at least one, each at least 1")
-    sequences = recommender.catalogue.align(dataset)
-    begins_U, ends_U, targets_U = sequences.windows(split)
-    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
-    listers: dict[str, Lister] = {"model": recommender}
+    made = dataset.manifest["settings"]
+    kind = subject.manifest["kind"] if isinstance(subject, Recommender) else "lists"
+    chosen = protocol_of(protocol or ProtocolSettings(), made, kind)
+    catalogue, learnt = subject.catalogue, subject.learnt
+    sequences = catalogue.align(dataset)
+    begins_U, ends_U, targets_U = sequences.windows(chosen.split)
+    asked_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    nobody = f"the {chosen.split} split has no user with a history and a target; give more events or another [split]"
+    if not len(asked_U):
+        raise DataError(nobody)
+    split = SplitSettings(**made[SplitSettings.section])
+    cold_V = torch.tensor(is_cold(catalogue.items["item_id"], split).to_numpy())
+    among_V = {"all": None, "warm": catalogue.events > 0, "cold": cold_V}[chosen.candidates]
+    listers: dict[str, tuple[str, Lister | GivenLists]] = {"model": ("model", subject)}
     if baselines:
-        if recommender.ranker is not None:
-            if recommender.ranker_blocks:
-                listers["model, as retrieved"] = recommender.with_ranker(0)
-            else:
-                listers["model, ranked"] = recommender.with_ranker(recommender.ranker.settings.blocks)
-        if not recommender.searcher.exact:
-            listers["model, exact search"] = recommender.with_ranker(0).with_exact_search()
-        learnt = recommender.model.items
-        listers |= {name: fit(sequences.learnable(learnt), learnt) for name, fit in BASELINES.items()}
-    cold = _Cold.of(recommender, dataset)
-    if cold is not None:
-        listers |= cold.listers(recommender, baselines)
-    figures, slices, judged, own = {}, dict[str, dict[str, dict[str, float]]](), 0, None
-    for number, (name, lister) in enumerate(listers.items()):
+        if isinstance(subject, Recommender):
+            listers |= {name: ("stage", stage) for name, stage in _stages(subject).items()}
+        fits = BASELINES | ({} if chosen.filter_seen else REPEATING)
+        known = sequences.learnable(learnt)
+        listers |= {name: ("baseline", _best(fit(known, learnt), sequences, chosen.filter_seen)) for name, fit in fits.items()}
+    some_cold = bool(cold_V.any()) and chosen.candidates == "all"
+    if some_cold and isinstance(subject, Recommender):
+        listers["model" + AMONG] = ("model", _Among(subject, cold_V))
+        if baselines:
+            text = Ranked(MeanText(catalogue.described, learnt))
+            listers |= {"mean text": ("baseline", text), "mean text" + AMONG: ("baseline", text.among(cold_V))}
+    if among_V is not None:
+        listers = {name: (kind, _among(lister, among_V)) for name, (kind, lister) in listers.items()}
+    yardstick = Beyond(sequences, len(catalogue), _allowed(subject, among_V), asked_U, chosen.split)
+    judged, own = dict[str, Judged](), None
+    owners_P = targets_P = torch.zeros(0, dtype=torch.int64)
+    for number, (name, (kind, lister)) in enumerate(listers.items()):
 
         def tell(done: int, number: int = number) -> None:
-            progress(number * len(users_U) + done, len(listers) * len(users_U))
+            progress(number * len(asked_U) + done, len(listers) * len(asked_U))
 
-        lists, ranks_P, owners_P, targets_P = judge(lister, sequences, split, users_U, max(*ks, depth), repeats, tell)
-        if not len(owners_P):
-            raise DataError(f"the {split} split has no user with a history and a target; give more events or another [split]")
-        if cold is not None:
-            for slice_, chosen_P in cold.slices(name, targets_P).items():
-                if bool(chosen_P.any()):
-                    part = measure(ranks_P[chosen_P], owners_P[chosen_P], len(users_U), tuple(ks))
-                    slices.setdefault(slice_, {})[name.removesuffix(AMONG)] = part
-        if not name.endswith(AMONG):
-            figures[name] = measure(ranks_P, owners_P, len(users_U), tuple(ks))
-        own, judged = own or lists, len(torch.unique(owners_P))
+        lists, ranks_P, owners_P, targets_P = judge(lister, sequences, chosen, asked_U, max(*ks, depth), tell)
+        counted_P = _counted(targets_P, among_V)
+        if not bool(counted_P.any()):
+            raise DataError(nobody)
+        shown = None if name.endswith(AMONG) else yardstick.measure(lists.rows, min(ks, key=lambda k: abs(k - 10)))
+        judged[name] = Judged(kind, ranks_P[counted_P], shown)
+        owners_P, targets_P, own = owners_P[counted_P], targets_P[counted_P], own or lists
     assert own is not None  # the model is always judged
-    user_ids = dataset.user_ids.gather(users_U.numpy())
-    return Report(
-        recommender.id, split, repeats, recommender.reads_now, judged, figures, slices, own, user_ids, recommender.catalogue
+    places_U, owners_P = torch.unique(owners_P, return_inverse=True)
+    request_time = subject.reads_now
+    return Evaluation(
+        bundle=subject.id,
+        protocol=chosen,
+        text=in_words(chosen, made, request_time),
+        request_time=request_time,
+        ks=tuple(ks),
+        dataset=dataset,
+        catalogue=catalogue,
+        sequences=sequences,
+        users_U=asked_U[places_U],
+        owners_P=owners_P,
+        targets_P=targets_P,
+        judged=judged,
+        cold_V=cold_V if bool(cold_V.any()) else None,
+        lists=own,
+        asked_U=asked_U,
     )
 
 
-AMONG = ", among cold items"
-"""Behind the name of a lister that ranks cold items alone."""
+def judge(
+    lister: Lister | GivenLists,
+    sequences: Sequences,
+    protocol: ProtocolSettings,
+    users_U: Tensor,
+    depth: int,
+    tell: Callable[[int], None],
+) -> tuple[Lists, Tensor, Tensor, Tensor]:
+    """The lists of all users, and rank, owner (place in `users_U`) and item row of every target."""
+    begins_U, ends_U, targets_U = sequences.windows(protocol.split)
+    if protocol.targets == "next":
+        targets_U = torch.minimum(targets_U, ends_U + 1)
+    parts, ranks, owners, targets = [], [], [], []
+    for start in range(0, len(users_U), USERS):
+        users_B = users_U[start : start + USERS]
+        history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
+        future = gather(sequences.items, sequences.times, ends_U[users_B], targets_U[users_B])
+        if isinstance(lister, GivenLists):
+            lists = lister.of(users_B, depth)
+        else:
+            asked_B = future.times[future.offsets[:-1]] if lister.reads_now else None
+            lists = lister.recommend(history, depth, asked_B, filter_seen=protocol.filter_seen)
+        new = protocol.targets == "new" or (protocol.targets == "next" and protocol.filter_seen)
+        owners_P, targets_P = new_targets(history if new else Batch.of([[]] * len(history)), future)
+        ranks.append(ranks_in(lists.rows, owners_P, targets_P))
+        owners.append(owners_P + start)
+        targets.append(targets_P)
+        parts.append(lists)
+        tell(start + len(users_B))
+    empty = torch.zeros(0, dtype=torch.int64)
+    ranks_P, owners_P, targets_P = (torch.cat([empty, *found]) for found in (ranks, owners, targets))
+    return Lists.joined(parts, depth), ranks_P, owners_P, targets_P
 
 
-@dataclass(frozen=True)
-class _Cold:
-    """The items of a catalogue that a data set keeps cold."""
+def ranks_in(rows_UK: Tensor, owners_P: Tensor, targets_P: Tensor) -> Tensor:
+    """Rank from 1 of each target in its owner's list, MISSED where it is not there; int64 of shape P."""
+    ranks_P = torch.full((len(targets_P),), MISSED)
+    for start in range(0, len(targets_P), PAIRS):
+        stop = start + PAIRS
+        hits, places = (rows_UK[owners_P[start:stop]] == targets_P[start:stop, None]).nonzero(as_tuple=True)
+        ranks_P[start + hits] = places + 1
+    return ranks_P
 
-    cold_V: Tensor
 
-    @classmethod
-    def of(cls, recommender: Recommender, dataset: Dataset) -> _Cold | None:
-        """None where the data set keeps none cold."""
-        settings = SplitSettings(**dataset.manifest["settings"][SplitSettings.section])
-        cold_V = torch.tensor(is_cold(recommender.catalogue.items["item_id"], settings).to_numpy())
-        return cls(cold_V) if bool(cold_V.any()) else None
+PAIRS = 2**12
+"""Targets looked up at once: what stays in a core's cache; with 2**16 it takes three times as long."""
 
-    def listers(self, recommender: Recommender, baselines: bool) -> dict[str, Lister]:
-        """What ranks cold items alone and, with `baselines`, what ranks by text."""
-        among: dict[str, Lister] = {"model" + AMONG: _Among(recommender, self.cold_V)}
-        if not baselines:
-            return among
-        described, learnt = recommender.catalogue.described, recommender.model.items
-        text = MeanText(described, learnt, torch.ones_like(self.cold_V))
-        return {**among, "mean text": Ranked(text), "mean text" + AMONG: Ranked(text.among(self.cold_V))}
 
-    def slices(self, lister: str, targets_P: Tensor) -> dict[str, Tensor]:
-        """Which targets each slice of a lister's figures has."""
-        known_P = targets_P < FIRST_ITEM + len(self.cold_V)
-        cold_P = known_P & self.cold_V[(targets_P - FIRST_ITEM).clamp(max=len(self.cold_V) - 1)]
-        if lister.endswith(AMONG):
-            return {"cold among cold": cold_P}
-        return {"warm": ~cold_P, "cold": cold_P}
+def _stages(recommender: Recommender) -> dict[str, Lister]:
+    """What the served path is made of, each alone."""
+    stages: dict[str, Lister] = {}
+    if recommender.ranker is not None:
+        if recommender.ranker_blocks:
+            stages["model, as retrieved"] = recommender.with_ranker(0)
+        else:
+            stages["model, ranked"] = recommender.with_ranker(recommender.ranker.settings.blocks)
+    if not recommender.searcher.exact:
+        stages["model, exact search"] = recommender.with_ranker(0).with_exact_search()
+    return stages
+
+
+def _best(variants: Sequence[Baseline], sequences: Sequences, filter_seen: bool) -> Ranked:
+    """The variant of the best NDCG@10 on validation; the first where nobody can be judged there."""
+    if len(variants) == 1:
+        return Ranked(variants[0])
+    protocol = ProtocolSettings(split="validation", targets="new" if filter_seen else "all", filter_seen=filter_seen)
+    begins_U, ends_U, targets_U = sequences.windows("validation")
+    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    users_U = users_U[:: max(1, -(-len(users_U) // CHOOSING))]
+    worth = []
+    for variant in variants:
+        _, ranks_P, owners_P, _ = judge(Ranked(variant), sequences, protocol, users_U, 10, lambda done: None)
+        worth.append(measure(ranks_P, owners_P, len(users_U), (10,))["ndcg@10"] if len(owners_P) else 0.0)
+    return Ranked(variants[worth.index(max(worth))])
+
+
+def _allowed(subject: Recommender | GivenLists, among_V: Tensor | None) -> Tensor:
+    """Which items of the catalogue may be recommended."""
+    allowed_V = torch.zeros(len(subject.catalogue), dtype=torch.bool)
+    allowed_V[: subject.lines] = True if subject.live_V is None else subject.live_V
+    return allowed_V if among_V is None else allowed_V & among_V
+
+
+def _counted(targets_P: Tensor, among_V: Tensor | None) -> Tensor:
+    """Which targets count: all, or those of the candidates alone."""
+    if among_V is None:
+        return torch.ones_like(targets_P, dtype=torch.bool)
+    known_P = targets_P < FIRST_ITEM + len(among_V)
+    return known_P & among_V[(targets_P - FIRST_ITEM).clamp(max=len(among_V) - 1)]
+
+
+def _among(lister: Lister | GivenLists, among_V: Tensor) -> Lister | GivenLists:
+    if isinstance(lister, GivenLists):
+        raise RequestError("lists that are given are judged as they are; set protocol.candidates = all")
+    return lister.among(among_V) if isinstance(lister, Ranked) else _Among(lister, among_V)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -189,27 +344,3 @@ class _Among:
     def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
         rows = (self.among_V.nonzero().flatten() + FIRST_ITEM).tolist()
         return self.recommender.recommend(histories, k, now, filter_seen, allow=rows)
-
-
-def judge(
-    lister: Lister, sequences: Sequences, split: str, users_U: Tensor, depth: int, repeats: bool, tell: Callable[[int], None]
-) -> tuple[Lists, Tensor, Tensor, Tensor]:
-    """The lists of all users, and rank, owner (place in `users_U`) and item row of every target."""
-    begins_U, ends_U, targets_U = sequences.windows(split)
-    parts, ranks, owners, targets = [], [], [], []
-    for start in range(0, len(users_U), USERS):
-        users_B = users_U[start : start + USERS]
-        history = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
-        future = gather(sequences.items, sequences.times, ends_U[users_B], targets_U[users_B])
-        asked_B = future.times[future.offsets[:-1]] if lister.reads_now else None
-        lists = lister.recommend(history, depth, asked_B, filter_seen=not repeats)
-        owners_P, targets_P = new_targets(Batch.of([[]] * len(history)) if repeats else history, future)
-        hits_PK = lists.rows[owners_P] == targets_P[:, None]
-        ranks.append(torch.where(hits_PK.any(1), hits_PK.byte().argmax(1) + 1, MISSED))
-        owners.append(owners_P + start)
-        targets.append(targets_P)
-        parts.append(lists)
-        tell(start + len(users_B))
-    empty = torch.zeros(0, dtype=torch.int64)
-    ranks_P, owners_P, targets_P = (torch.cat([empty, *found]) for found in (ranks, owners, targets))
-    return Lists.joined(parts, depth), ranks_P, owners_P, targets_P

@@ -33,7 +33,9 @@ ROWS = st.lists(st.tuples(USERS, ITEMS, TIMES, ORDERS), max_size=23)
 GOOD: list[Row] = [("1", "2", "17", "1"), ("1", "3", "19", "2"), ("8", "2", "17", "1")]
 ITEM_ROWS = st.lists(st.tuples(st.sampled_from(["2", "3", "5", "17", "", "x"]), st.sampled_from(["a", "b", None])), max_size=7)
 LAYOUTS = st.sampled_from([{}, {"order": "order"}, {"repeats": "keep"}, {"timestamp": "", "order": "order"}])
-SPLITS = st.sampled_from([{}, {"method": "global_time", "test_start": 23, "validation_days": 0}, {"cold_one_in": 5}])
+BY_TIME = {"method": "global_time", "test_start": 23, "validation_days": 0}
+BY_USERS = {"method": "user_holdout", "holdout_one_in": 3}
+SPLITS = st.sampled_from([{}, BY_TIME, {**BY_TIME, "test_days": 1}, BY_USERS, {"cold_one_in": 5}])
 
 
 def events_of(rows: Sequence[Row]) -> pl.DataFrame:

@@ -66,6 +66,18 @@ def test_a_test_history_includes_validation_and_a_validation_history_does_not():
         sequences.windows("tomorrow")
 
 
+def test_a_held_out_user_has_a_validation_history_of_which_nothing_is_learnt():
+    offsets, zeros = torch.tensor([0, 5, 11]), torch.tensor([0, 0])
+    items, times, before = torch.arange(2, 13, dtype=torch.int32), torch.arange(11), torch.tensor([3, 6])
+    sequences = Sequences(items, times, offsets, torch.tensor([0, 6]), torch.tensor([4, 6]), before)
+    assert [part.tolist() for part in sequences.windows("train")] == [[0, 5], [0, 11], [0, 11]]
+    assert [part.tolist() for part in sequences.windows("validation")] == [[0, 5], [3, 11], [4, 11]]
+    assert [part.tolist() for part in sequences.windows("test")] == [[0, 5], [4, 11], [5, 11]]
+    assert sequences.training_counts(11).tolist() == [0] * 5 + [1] * 6
+    assert sequences.learnt_until == 10
+    assert Sequences(items, times, offsets, zeros, zeros).learnt_until == 0
+
+
 @given(st.lists(st.lists(st.integers(UNKNOWN, FIRST_ITEM + 13), max_size=11), min_size=1, max_size=7), st.integers(1, 13))
 def test_what_is_learnable_is_the_training_parts_without_events_of_further_items(rows, items):
     batch = Batch.of(rows, [[10 * place for place in range(len(history))] for history in rows])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from recsys.batch import Batch
-from recsys.metrics import MISSED, measure, measure_users, new_targets, target_ranks
+from recsys.metrics import METRICS, MISSED, measure, measure_users, new_targets, target_ranks
 
 
 def test_a_hand_worked_case():
@@ -48,3 +48,30 @@ def test_targets_are_distinct_and_new():
 def test_users_without_a_target_do_not_count():
     per_user = measure_users(torch.tensor([1]), torch.tensor([2]), users=7, ks=(10,))
     assert per_user["ndcg@10"].tolist() == [1.0]
+
+
+def test_all_metrics_of_a_hand_worked_case():
+    """A user with targets at 2, 5 and 11, one with a target at 1, one whose only target is missed."""
+    ranks, owners = torch.tensor([5, 11, 2, 1, MISSED]), torch.tensor([0, 0, 0, 2, 3])
+    found = measure_users(ranks, owners, users=5, ks=(1, 5, 10), metrics=METRICS)
+    wanted = {
+        "recall": ([0, 1, 0], [2 / 3, 1, 0], [2 / 3, 1, 0]),
+        "mrr": ([0, 1, 0], [1 / 2, 1, 0], [1 / 2, 1, 0]),
+        "map": ([0, 1, 0], [(1 / 2 + 2 / 5) / 3, 1, 0], [(1 / 2 + 2 / 5) / 3, 1, 0]),
+        "hit": ([0, 1, 0], [1, 1, 0], [1, 1, 0]),
+    }
+    for metric, by_k in wanted.items():
+        for k, values in zip((1, 5, 10), by_k, strict=True):
+            assert found[f"{metric}@{k}"].tolist() == pytest.approx(values), (metric, k)
+
+
+@given(st.integers(0, 10**6))
+def test_average_precision_over_the_whole_catalogue_is_that_of_scikit_learn(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 17, generator=generator, dtype=torch.float64)
+    relevant = torch.rand(3, 17, generator=generator) < 0.3
+    relevant[:, 0] |= ~relevant.any(1)
+    owners, targets = torch.nonzero(relevant, as_tuple=True)
+    ours = measure_users(target_ranks(scores, owners, targets), owners, 3, ks=(17,), metrics=("map",))["map@17"]
+    theirs = [average_precision_score(*pair) for pair in zip(relevant.numpy(), scores.numpy(), strict=True)]
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-9)

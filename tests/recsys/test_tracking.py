@@ -112,30 +112,35 @@ def test_a_run_that_goes_on_is_the_same_run(settings, client):
     assert (run.info.status, run.data.metrics["loss"], len(run.data.params)) == ("FINISHED", 3.0, 3)
 
 
-def test_the_champion_is_the_bundle_registered_last_and_the_store_holds_its_files(settings, client, tmp_path):
-    numbers = []
-    for identity in ("one", "two"):
+def test_the_champion_is_the_first_bundle_and_what_is_made_of_it_and_the_store_holds_all_files(settings, client, tmp_path):
+    numbers, champions = [], []
+    for identity, before in (("one", ""), ("two", ""), ("three", "two"), ("four", "one"), ("five", "four")):
         bundle = tmp_path / identity
         bundle.mkdir()
         (bundle / "weights").write_text(identity)
         tracking = Tracking(settings)
         with tracking.run(identity):
-            numbers.append(tracking.register(bundle, identity))
-        champion = client.get_model_version_by_alias("films", "champion")
-        assert (str(champion.version), champion.run_id, champion.tags["bundle"]) == (numbers[-1], tracking.run_id, identity)
-        assert (artifacts(champion.source) / "weights").read_text() == identity
-    assert numbers == ["1", "2"]
+            numbers.append(tracking.register(bundle, identity, before))
+        found = client.get_model_version("films", numbers[-1])
+        assert (found.run_id, found.tags["bundle"]) == (tracking.run_id, identity)
+        assert (artifacts(found.source) / "weights").read_text() == identity
+        champions.append(tracking.champion())
+        assert champions[-1] == str(client.get_model_version_by_alias("films", "champion").version)
+    assert numbers == ["1", "2", "3", "4", "5"]
+    assert champions == ["1", "1", "1", "4", "5"]
 
 
 @pytest.fixture
 def registered(settings: TrackingSettings, request: pytest.FixtureRequest, tmp_path: Path) -> TrackingSettings:
-    """Settings of a registered model of the test's own, of which versions 1 to 3 were registered one after the other."""
+    """Settings of a registered model of the test's own, of which versions 1 to 3 became champion one after the other."""
     own = replace(settings, model=request.node.name[-40:].replace("[", "-").replace("]", ""))
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "weights").write_text("seven")
     tracking = Tracking(own)
     with tracking.run("three"):
         assert [tracking.register(tmp_path / "bundle", name) for name in ("one", "two", "three")] == ["1", "2", "3"]
+    for version in ("2", "3"):
+        tracking.promote(version)
     return own
 
 
@@ -227,8 +232,9 @@ def test_a_name_is_resolved_to_a_version_and_the_place_of_its_files(registered, 
         (lambda tracking: Tracking(replace(tracking.settings, model="none")).rollback(), "has no model none"),
         (lambda tracking: Tracking(replace(tracking.settings, model="none")).resolve("1"), "has no version 1 of model none"),
         (lambda tracking: Tracking(TrackingSettings(uri="off")).promote("1"), "tracking is off, and so is the registry"),
+        (lambda tracking: tracking.decided("7", {"decision": "promoted"}), "has no version 7 of model"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_what_the_registry_does_not_have_is_one_line(registered, act, said):
     with pytest.raises(SetupError, match=said) as refused:
@@ -307,6 +313,7 @@ def test_the_command_lists_promotes_and_rolls_back(registered, run, capsys):
     assert run("bundles", "promote", 1, *where) == 0
     assert capsys.readouterr().out == "version 1 is champion\n"
     assert champion(registered) == "1"
+    assert [entry["decision"] for entry in Tracking(registered).versions()] == ["", "", "by hand"]
     assert run("bundles", "rollback", *where, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"version": 3}
     assert run("bundles", "promote", 7, *where) == 2
@@ -315,6 +322,27 @@ def test_the_command_lists_promotes_and_rolls_back(registered, run, capsys):
     assert "this verb reads [tracking] alone" in capsys.readouterr().err
     assert run("bundles", "list", *where) == 0
     assert "champion" in capsys.readouterr().out
+
+
+def test_what_was_decided_stands_on_the_version_and_its_evidence_with_its_run(registered, client, tmp_path):
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "decision.json").write_text("{}")
+    tracking = Tracking(registered)
+    tracking.decided("2", {"decision": "refused", "ndcg@10": "0.25"}, tmp_path / "evidence")
+    found = client.get_model_version(registered.model, "2")
+    assert {name: text for name, text in found.tags.items() if name != "bundle"} == {
+        "promotion.decision": "refused",
+        "promotion.ndcg_at_10": "0.25",
+    }
+    root = artifacts(client.get_run(found.run_id).info.artifact_uri)
+    assert [file.name for file in (root / "promotion" / "2").iterdir()] == ["decision.json"]
+    assert [entry["decision"] for entry in tracking.versions()] == ["", "refused", ""]
+
+
+def test_there_is_no_champion_where_nothing_is_registered_or_tracking_is_off(registered):
+    assert Tracking(registered).champion() == "3"
+    assert Tracking(replace(registered, model="none")).champion() == ""
+    assert Tracking(TrackingSettings(uri="off")).champion() == ""
 
 
 @pytest.mark.parametrize("verb", ["list", "promote", "rollback"])

@@ -20,6 +20,7 @@ from recsys.bundle import open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
 from serving.engine import DepthSettings, Recommender
 from serving.evaluation.judge import evaluate
+from serving.evaluation.protocol import ProtocolSettings
 from serving.export import export
 from serving.filters import until
 from serving.index import INDEXES, Index, IndexSettings
@@ -145,7 +146,7 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
     early, late = (recommender.answer([1, 2], K, times=[10, 500], now=now)["items"] for now in (501, 10**9))
     assert early != late
     assert recommender.answer([1, 2], K, times=[10, 500])["items"], "the clock is asked"
-    report = evaluate(recommender, dataset, "validation", ks=(K,), baselines=False)
+    report = evaluate(recommender, dataset, ProtocolSettings(split="validation"), ks=(K,), baselines=False)
     assert report.as_dict()["request_time"] is True
     sequences = dataset.sequences
     begins, ends, targets = sequences.windows("validation")
@@ -202,7 +203,7 @@ def test_nightly_online_and_offline_name_the_same_items_in_the_same_order(
         online = recommender.answer([recommender.catalogue.item_id(row) for row in history], K)["items"]
         assert [item["item_id"] for item in online] == items.to_list()
         assert [item["score"] for item in online] == scores.to_list()
-    report = evaluate(recommender, dataset, "validation", ks=(K,), baselines=False)
+    report = evaluate(recommender, dataset, ProtocolSettings(split="validation"), ks=(K,), baselines=False)
     begins, ends, targets = dataset.sequences.windows("validation")
     judged = ((ends > begins) & (targets > ends)).nonzero().flatten()
     for user, rows in zip(judged, report.lists.rows, strict=True):

@@ -425,7 +425,8 @@ def registry(tmp_path: Path, pair: tuple[Path, Path]) -> TrackingSettings:
     for bundle in pair:
         tracking = Tracking(settings)
         with tracking.run(bundle.name):
-            tracking.register(bundle, identity(bundle))
+            version = tracking.register(bundle, identity(bundle))
+        tracking.promote(version)
     return settings
 
 

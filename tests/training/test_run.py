@@ -419,6 +419,6 @@ def test_a_taken_model_without_a_ranker_to_learn_is_refused(dataset, alone, tmp_
 
 
 def test_a_run_does_not_go_on_with_a_ranker_of_another_model(dataset, alone, ranked):
-    assert run_key(ranked_recipe(), "data", alone) != run_key(ranked_recipe(), "data")
+    assert run_key(ranked_recipe(), "data", "another") != run_key(ranked_recipe(), "data")
     with pytest.raises(RecsysError, match="another recipe or data set"):
         run_ranked(dataset, ranked, base=alone)

@@ -1,0 +1,233 @@
+"""The promotion gate: rules of a recipe that decide, from two reports, whether a challenger becomes champion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from features.dataset import Dataset
+from recsys.config import Settings
+from recsys.errors import RequestError
+from recsys.metrics import METRICS
+from serving.budget import REQUESTS, Progress, requests, time_answers
+from serving.engine import Recommender
+from serving.evaluation import numbers
+from serving.evaluation.compare import MODEL, Comparison, compare, in_words
+from serving.evaluation.report import Report
+from serving.evaluation.statistics import holm, known, paired
+from serving.export import spread
+
+
+@dataclass(frozen=True)
+class PromotionSettings(Settings):
+    """What a challenger must show to become champion; a rule of 0 is none, unless it says otherwise."""
+
+    section: ClassVar[str] = "promotion"
+
+    metric: str = "ndcg@10"
+    """What decides: recall, ndcg, mrr, map or hit, at a k."""
+    level: float = 0.95
+    """Of intervals and tests, two-sided."""
+    least_gain: float = 0.0
+    """What the low end of the gain's interval must pass, as a share of the champion's metric. 0: it must be better; -0.01: it
+    must not be worse by 1 %."""
+    slice_drop: float = 0.03
+    """Share of the champion's metric by which no slice may be down, where its being down is shown; 1: no rule."""
+    slice_users: int = 100
+    """Users below which a slice is not judged."""
+    coverage: float = 0.8
+    """Least share of the champion's coverage at the metric's k."""
+    latency: float = 1.5
+    """Most times the champion's median answer time, one request at a time."""
+    latency_ms: float = 0.0
+    """Most milliseconds of the median answer."""
+    size: float = 2.0
+    """Most times the bytes of the champion's bundle."""
+
+    def __post_init__(self) -> None:
+        word, _, k = self.metric.partition("@")
+        if word not in METRICS or not k.isdecimal() or not int(k):
+            raise ValueError(f"metric is {self.metric!r}, must be one of {', '.join(METRICS)} at a k, such as ndcg@10")
+        if not 0.5 <= self.level < 1:
+            raise ValueError(f"level must be at least 0.5 and below 1, found {self.level}")
+        if not (-1 < self.least_gain < 1 and 0 <= self.slice_drop <= 1):
+            raise ValueError("least_gain must be above -1 and below 1, slice_drop from 0 to 1")
+        for name in ("slice_users", "coverage", "latency", "latency_ms", "size"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+
+    @property
+    def k(self) -> int:
+        """Of the metric."""
+        return int(self.metric.partition("@")[2])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule, and what was found."""
+
+    name: str
+    found: float
+    limit: float
+    holds: bool
+    text: str
+    """What was found and what is wanted, in words."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "found": known(self.found)}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the challenger's answers cost, and the champion's, where there is one."""
+
+    bytes: Sequence[int] = ()
+    """Of the bundles."""
+    milliseconds: Sequence[float] = ()
+    """Of the median answer; empty where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the challenger becomes champion, and why."""
+
+    rules: Sequence[Rule]
+    comparison: Comparison | None
+    """With the champion; None where there is none."""
+
+    @property
+    def promote(self) -> bool:
+        return all(rule.holds for rule in self.rules)
+
+    @property
+    def reason(self) -> str:
+        """The rules that do not hold, or the first one that does."""
+        broken = [rule.text for rule in self.rules if not rule.holds]
+        return "; ".join(broken) or f"all {len(self.rules)} rules hold: {self.rules[0].text}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"promote": self.promote, "reason": self.reason, "rules": [rule.as_dict() for rule in self.rules]}
+
+
+def decide(
+    settings: PromotionSettings,
+    challenger: Report,
+    champion: Report | None,
+    costs: Costs | None = None,
+    names: tuple[str, str] = ("champion", "challenger"),
+) -> Decision:
+    """Judge a challenger against the champion by every rule, or, where there is none, against every baseline of its report.
+
+    A rule of costs that are not known is left out. `names` are the champion's and the challenger's.
+    Raises RequestError: as `compare`, or the report has no such metric.
+    """
+    costs = costs or Costs()
+    if champion is None:
+        return Decision([*_baselines(settings, challenger), _leaks([challenger]), *_costs(settings, costs)], None)
+    comparison = compare([champion], [challenger], names, settings.metric, settings.level)
+    rules = [_gain(settings, comparison), _slices(settings, comparison)]
+    name = f"coverage@{settings.k}"
+    if settings.coverage and name in comparison.lists:
+        before, now = comparison.lists[name]
+        share = now / before if before else math.inf
+        text = f"coverage@{settings.k} {numbers.percent(now)} against {numbers.percent(before)}"
+        rules.append(
+            _least("coverage", share, settings.coverage, f"{text}, × {share:.2f}, at least × {settings.coverage:g} is wanted")
+        )
+    return Decision([*rules, _leaks([champion, challenger]), *_costs(settings, costs)], comparison)
+
+
+def _gain(settings: PromotionSettings, comparison: Comparison) -> Rule:
+    """The low end of the relative gain is above the least; where the champion's mean may be 0, that of the gain is above 0."""
+    found, limit = comparison.found, settings.least_gain
+    sure = math.isfinite(found.relative_low)
+    holds = found.relative_low > limit if sure else found.low > 0
+    wanted = f"its low end must be above {numbers.percent(limit)} of the champion's"
+    return Rule("gain", found.relative_low, limit, holds, f"{in_words(comparison.metric, found)}; {wanted}")
+
+
+def _slices(settings: PromotionSettings, comparison: Comparison) -> Rule:
+    """No slice is down by more than the drop where its being down is shown; p values are adjusted for the judged slices."""
+    judged = [part for part in comparison.slices if part.found.users >= settings.slice_users]
+    adjusted = holm([part.found.p for part in judged])
+    down = [
+        (part, p)
+        for part, p in zip(judged, adjusted, strict=True)
+        if part.found.relative < -settings.slice_drop and p < 1 - settings.level
+    ]
+    limit = f"{numbers.percent(settings.slice_drop)} is allowed"
+    changes = [part.found.relative for part, _ in down] or [
+        part.found.relative for part in judged if math.isfinite(part.found.relative)
+    ]
+    worst = min(changes, default=0.0)
+    if down:
+        told = ", ".join(
+            f"{part.by} {part.name} {numbers.percent(part.found.relative, signed=True)} (p {numbers.probability(p)})"
+            for part, p in down
+        )
+        return Rule("slices", worst, -settings.slice_drop, False, f"slices are down: {told}; {limit}")
+    text = f"no slice of {len(judged)} is shown to be down by more; {limit}"
+    return Rule("slices", worst, -settings.slice_drop, True, text)
+
+
+def _baselines(settings: PromotionSettings, report: Report) -> list[Rule]:
+    """The model beats each baseline, by the same paired test."""
+    names = [name for name, kind in report.manifest["listers"].items() if kind == "baseline"]
+    rules = []
+    for name in names:
+        if f"{name}: {settings.metric}" not in report.users.columns:
+            raise RequestError(f"the report has no {settings.metric!r} of each user; choose another promotion.metric")
+        found = paired(report.values(name, settings.metric), report.values(MODEL, settings.metric), settings.level)
+        text = f"against {name} {in_words(settings.metric, found)}; there is no champion, and every baseline must be beaten"
+        rules.append(Rule(f"beats {name}", found.low, 0.0, found.low > 0, text))
+    return rules or [Rule("baselines", 0, 1, False, "there is no champion, and the report has no baseline to beat")]
+
+
+def _leaks(reports: Sequence[Report]) -> Rule:
+    """No figure is of what was learnt already."""
+    found = sorted({name for report in reports for name in report.manifest["leaks"]["found"]})
+    text = f"leaks: {', '.join(found)}; figures with leaks decide nothing" if found else "no leaks"
+    return Rule("leaks", len(found), 0, not found, text)
+
+
+def _costs(settings: PromotionSettings, costs: Costs) -> list[Rule]:
+    """Latency and size, where they are known."""
+    rules = []
+    if settings.latency_ms and costs.milliseconds:
+        found, text = costs.milliseconds[0], f"the median answer takes {costs.milliseconds[0]:.2f} ms"
+        rules.append(_most("latency_ms", found, settings.latency_ms, f"{text}, at most {settings.latency_ms:g} ms are allowed"))
+    for name, unit, scale, pair in (("latency", "ms", 1.0, costs.milliseconds), ("size", "MB", 1e6, costs.bytes)):
+        limit = getattr(settings, name)
+        if limit and len(pair) == 2:
+            share = pair[0] / pair[1] if pair[1] else math.inf
+            what = "the median answer takes" if name == "latency" else "the bundle has"
+            text = f"{what} {pair[0] / scale:.2f} {unit} against {pair[1] / scale:.2f} {unit}, × {share:.2f}"
+            rules.append(_most(name, share, limit, f"{text}, at most × {limit:g} is allowed"))
+    return rules
+
+
+def _least(name: str, found: float, limit: float, text: str) -> Rule:
+    return Rule(name, found, limit, found >= limit, text)
+
+
+def _most(name: str, found: float, limit: float, text: str) -> Rule:
+    return Rule(name, found, limit, found <= limit, text)
+
+
+def costs_of(recommenders: Sequence[Recommender], dataset: Dataset, progress: Progress = lambda what, done, of: None) -> Costs:
+    """Bytes of the bundles, and how long the median answer takes, asked of all in turn with histories of the validation split.
+
+    Without such a split time is not measured.
+    """
+    sizes = [sum(int(entry["bytes"]) for entry in each.manifest["files"].values()) for each in recommenders]
+    first = recommenders[0]
+    sequences = first.catalogue.align(dataset)
+    begins_U, ends_U, targets_U = sequences.windows("validation")
+    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    asked = requests(first, sequences, users_U[spread(len(users_U), REQUESTS)], 10)
+    if not asked:
+        return Costs(sizes)
+    timed = time_answers(recommenders, [{**request, "ignore_unknown": True} for request in asked], progress, "answers timed")
+    return Costs(sizes, [each.p50_ms for each in timed])

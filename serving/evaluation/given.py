@@ -1,0 +1,97 @@
+"""Lists that another program made, or an earlier night: read from a table, and judged as those of a model are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recsys.batch import PADDING
+from recsys.bundle import sha256
+from recsys.errors import DataError
+from serving.catalogue import ITEMS, Catalogue
+from serving.lists import Lists
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from features.dataset import Dataset
+
+COLUMNS = ("user_id", "item_id", "rank")
+
+
+class GivenLists:
+    """One list for each user of a data set, empty for a user without one."""
+
+    reads_now = False
+    live_V: Tensor | None = None
+
+    def __init__(self, path: Path, dataset: Dataset) -> None:
+        """Read Parquet of user_id, item_id, rank (from 1) and, where it is there, score; ids may be text.
+
+        Raises DataError: no such table, a user or an item that the data set does not know, or a list with two items at one
+        rank or an item twice.
+        """
+        self.catalogue, self.learnt = Catalogue(dataset.path / ITEMS), int(dataset.manifest["warm_items"])
+        self.path, self.lines = path, len(self.catalogue)
+        table = self._read(path)
+        users = _places(table["user_id"], dataset.user_ids)
+        rows = self.catalogue.rows_of(table["item_id"])
+        for name, found in {"user": users, "item": rows}.items():
+            strange = table.filter(found.is_null())[f"{name}_id"].unique(maintain_order=True)
+            if len(strange):
+                raise DataError(
+                    f"{path}: {len(strange):,} {name}s are not in the data set, {strange[0]!r} first; give its lists"
+                )
+        self.rows_UK = torch.full((len(dataset.user_ids), int(table["rank"].max() or 1)), PADDING)  # type: ignore[arg-type]
+        self.scores_UK = torch.full(self.rows_UK.shape, -torch.inf)
+        owners_N, places_N = torch.tensor(users.to_numpy()).long(), torch.tensor(table["rank"].to_numpy()).long() - 1
+        self.rows_UK[owners_N, places_N] = torch.tensor(rows.to_numpy()).long()
+        self.scores_UK[owners_N, places_N] = torch.tensor(table["score"].to_numpy()).float()
+        self.id = sha256(path)[:16]
+
+    def of(self, users_B: Tensor, k: int) -> Lists:
+        """The first k places of these users' lists."""
+        rows_BK, scores_BK = (table[users_B, :k] for table in (self.rows_UK, self.scores_UK))
+        short = k - rows_BK.shape[1]
+        if short > 0:
+            rows_BK = torch.nn.functional.pad(rows_BK, (0, short), value=PADDING)
+            scores_BK = torch.nn.functional.pad(scores_BK, (0, short), value=-torch.inf)
+        return Lists(rows_BK, scores_BK, torch.zeros(len(users_B), dtype=torch.bool))
+
+    @staticmethod
+    def _read(path: Path) -> pl.DataFrame:
+        import polars as pl
+
+        try:
+            table = pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(
+                f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]}); give a table of lists"
+            ) from None
+        missing = [name for name in COLUMNS if name not in table.columns]
+        if missing:
+            raise DataError(f"{path}: has no column {', '.join(missing)}; lists have {', '.join(COLUMNS)}")
+        rank = table["rank"]
+        if not rank.dtype.is_integer() or rank.null_count() or (len(rank) and int(rank.min()) < 1):  # type: ignore[arg-type]
+            raise DataError(f"{path}: rank must be whole numbers from 1; number each list's items from the best on")
+        for pair, what in ((["user_id", "rank"], "two items at one rank"), (["user_id", "item_id"], "an item twice")):
+            twice = table.filter(table.select(pair).is_duplicated())
+            if len(twice):
+                raise DataError(f"{path}: the list of user {twice['user_id'][0]!r} has {what}; mend the table")
+        return table if "score" in table.columns else table.with_columns(score=-pl.col("rank").cast(pl.Float32))
+
+
+def _places(user_ids: pl.Series, known: pl.Series) -> pl.Series:
+    """Of each id its place among the known ones, compared as text; null where it is none."""
+    import polars as pl
+
+    line = known.cast(pl.String).alias("user_id").to_frame().with_row_index("place")
+    return (
+        user_ids.cast(pl.String)
+        .alias("user_id")
+        .to_frame()
+        .join(line, on="user_id", how="left", maintain_order="left")["place"]
+    )

@@ -1,0 +1,152 @@
+"""Parts of the users and of the targets that are judged alone: where a model is weak, the mean hides it.
+
+U judged users · P (user, target) pairs · V catalogue items
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recsys.batch import FIRST_ITEM, gather
+from serving.evaluation.judge import Evaluation
+
+if TYPE_CHECKING:
+    import polars as pl
+
+DAY = 86_400
+LENGTHS = (5, 10, 20, 50, 100, 200)
+"""Events of a history at which a slice begins."""
+RECENT_DAYS = 28
+ACTIVITIES = (1, 5, 20)
+"""Events of those days at which a slice begins."""
+AGES = (30, 180)
+"""Days at which a slice of item ages begins."""
+HEAD = 0.2
+"""Share of the items with training events that are the head, most popular first; the others are the tail."""
+VALUES = 12
+"""Values of a user column, at most, of which each is a slice; of a column of more numbers the quarters are."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some users, or some targets."""
+
+    by: str
+    name: str
+    users_U: Tensor | None = None
+    """bool; None: a slice of targets."""
+    targets_P: Tensor | None = None
+    """bool; None: a slice of users."""
+
+
+def slices(found: Evaluation, counts_V: Tensor) -> tuple[list[Slice], list[str]]:
+    """All slices that anybody is in, and the user columns that make none since they have too many values.
+
+    `counts_V` are the items' training events.
+    """
+    sequences, users_U = found.sequences, found.users_U
+    begins_U, ends_U, _ = (ends[users_U] for ends in sequences.windows(found.protocol.split))
+    asked_U = sequences.times[ends_U]
+    history = gather(sequences.items, sequences.times, begins_U, ends_U)
+    recent_N = history.times >= asked_U[history.owners] - RECENT_DAYS * DAY
+    recent_U = torch.bincount(history.owners[recent_N], minlength=len(users_U))
+    out = [Slice("history length", name, chosen_U) for name, chosen_U in _bins(ends_U - begins_U, LENGTHS, " events")]
+    activity = f"events in the {RECENT_DAYS} days before"
+    out += [Slice(activity, name, chosen_U) for name, chosen_U in _bins(recent_U, ACTIVITIES, " events", least=0)]
+    columns, left_out = _columns(found)
+    out += [Slice(f"user's {by}", name, chosen_U) for by, name, chosen_U in columns]
+    out += [Slice("item popularity", name, None, chosen_P) for name, chosen_P in _popularity(found, counts_V)]
+    out += [Slice("item age", name, None, chosen_P) for name, chosen_P in _ages(found, asked_U)]
+    return [part for part in out if bool((part.targets_P if part.users_U is None else part.users_U).any())], left_out  # type: ignore[union-attr]
+
+
+def _bins(values: Tensor, starts: Sequence[int], unit: str, least: int = 1) -> list[tuple[str, Tensor]]:
+    """Names and members of the parts of whole numbers that begin at `least` and at each start."""
+    edges = [least, *starts]
+    out = []
+    for low, after in zip(edges, [*starts, None], strict=True):
+        name = f"{low:,}" if after == low + 1 else f"{low:,} or more" if after is None else f"{low:,}–{after - 1:,}"
+        out.append((name + unit, (values >= low) & (True if after is None else values < after)))
+    return out
+
+
+def _popularity(found: Evaluation, counts_V: Tensor) -> list[tuple[str, Tensor]]:
+    warm = int((counts_V > 0).sum())
+    head_V = torch.zeros_like(counts_V, dtype=torch.bool)
+    head_V[counts_V.argsort(descending=True, stable=True)[: max(1, round(HEAD * warm))]] = True
+    known_P = found.targets_P < FIRST_ITEM + len(counts_V)
+    lines_P = (found.targets_P - FIRST_ITEM).clamp(max=len(counts_V) - 1)
+    warm_P, head_P = known_P & (counts_V[lines_P] > 0), known_P & head_V[lines_P]
+    return [
+        (f"head: the {HEAD:.0%} most popular items", head_P),
+        ("tail: the other items with training events", warm_P & ~head_P),
+        ("cold: items without training events", ~warm_P),
+    ]
+
+
+def _ages(found: Evaluation, asked_U: Tensor) -> list[tuple[str, Tensor]]:
+    """By the days from an item's first event of all to the request."""
+    sequences, rows = found.sequences, int(found.sequences.items.max()) + 1
+    first_R = torch.full((rows,), torch.iinfo(torch.int64).max).scatter_reduce(
+        0, sequences.items.long(), sequences.times, "amin"
+    )
+    seconds_P = asked_U[found.owners_P] - first_R[found.targets_P]
+    ages = _bins(seconds_P.div(DAY, rounding_mode="floor"), AGES, " days", least=0)
+    return [("no event before the request", seconds_P <= 0), *((name, part_P & (seconds_P > 0)) for name, part_P in ages)]
+
+
+def _columns(found: Evaluation) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
+    """Slices by the columns of the users' table, and the columns left out."""
+    import polars as pl
+
+    table = found.dataset.users
+    if table is None:
+        return [], []
+    ids = found.dataset.user_ids.gather(found.users_U.numpy()).alias("user_id").to_frame()
+    joined = ids.join(table, on="user_id", how="left", maintain_order="left").drop("user_id")
+    out, left_out = [], []
+    for column in joined.get_columns():
+        names = _names(column)
+        if names is None:
+            left_out.append(column.name)
+            continue
+        for name in sorted(names.drop_nulls().unique(), key=lambda name: _natural(str(name))):
+            out.append((column.name, str(name), torch.tensor((names == name).fill_null(False).to_numpy())))
+        if column.null_count() and len(names.drop_nulls()):
+            out.append((column.name, "not known", torch.tensor(column.is_null().to_numpy())))
+    assert all(isinstance(names, str) for _, names, _ in out)
+    return out, left_out + [name for name, dtype in joined.schema.items() if dtype == pl.Null and name not in left_out]
+
+
+def _names(column: pl.Series) -> pl.Series | None:
+    """The slice of each user by a column; None where it has too many values that are no numbers."""
+    import polars as pl
+
+    if column.dtype.is_nested():
+        return None
+    if column.n_unique() <= VALUES + 1:
+        return column.cast(pl.String)
+    if not column.dtype.is_numeric():
+        return None
+    edges = [float(edge) for part in (0.25, 0.5, 0.75) if (edge := column.quantile(part)) is not None]
+    low, middle, high = edges
+    labels = [f"up to {low:g}", f"{low:g} to {middle:g}", f"{middle:g} to {high:g}", f"over {high:g}"]
+    if len({*edges}) < 3:
+        return None
+    parts = pl.Series(edges).search_sorted(column.cast(pl.Float64).fill_null(0))
+    return pl.Series(labels).gather(parts).set(column.is_null(), None)
+
+
+def _natural(name: str) -> tuple[float, str]:
+    """Numbers in their order, also behind words."""
+    for start, beside in (("up to ", -0.5), ("over ", 0.5), ("", 0.0)):
+        if name.startswith(start):
+            first = name.removeprefix(start).split(" ")[0]
+            return (float(first) + beside if first.replace(".", "", 1).isdecimal() else math.inf), name
+    raise AssertionError  # every name starts with nothing

@@ -1,0 +1,208 @@
+"""Reports: their figures against the evaluation, slices by hand, what they say first, and the yardstick on real data."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from features.build import build
+from features.dataset import Dataset
+from recsys.config import Recipe, load_recipe
+from recsys.errors import DataError
+from recsys.metrics import METRICS
+from serving.engine import Recommender
+from serving.evaluation.given import GivenLists
+from serving.evaluation.judge import evaluate
+from serving.evaluation.protocol import ProtocolSettings
+from serving.evaluation.report import Report, make_report, wilson
+from tests.serving.conftest import write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """101 users, of whom two columns are known, and a model that knows nothing yet."""
+    folder = tmp_path_factory.mktemp("shop")
+    draw = torch.Generator().manual_seed(11)
+    events = [
+        (user, int(item), 86_400 * (10 * user + day))
+        for user in range(101)
+        for day, item in enumerate(torch.randint(61, (3 + user % 29,), generator=draw).tolist())
+    ]
+    pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(folder / "events.parquet")
+    users = pl.DataFrame({"user_id": list(range(101)), "age": [user % 50 for user in range(101)]})
+    users.with_columns(region=pl.format("region {}", pl.col("user_id") % 3)).write_parquet(folder / "users.parquet")
+    build(folder, Recipe("shop", {}), folder / "dataset")
+    return Dataset.open(folder / "dataset")
+
+
+@pytest.fixture(scope="module")
+def subject(shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    return Recommender.load(write_run(tmp_path_factory.mktemp("run") / "run", shop))
+
+
+@pytest.fixture(scope="module")
+def report(subject: Recommender, shop: Dataset) -> Report:
+    return make_report(subject, shop, ks=(3, 10), checks=[])
+
+
+def test_figures_are_means_over_users_inside_their_intervals(report: Report, subject: Recommender, shop: Dataset) -> None:
+    found = evaluate(subject, shop, ks=(3, 10))
+    for lister, figures in report.manifest["figures"].items():
+        for name, values_U in found.values(lister, METRICS).items():
+            assert figures[name]["mean"] == pytest.approx(float(values_U.mean()))
+            assert figures[name]["low"] <= figures[name]["mean"] <= figures[name]["high"]
+            assert report.values(lister, name) == pytest.approx(values_U.numpy())
+    assert report.manifest["users"] == len(report.users) == found.users
+
+
+def test_slices_of_users_part_them_and_their_figures_are_those_of_their_users(report: Report) -> None:
+    by = {part["by"] for part in report.manifest["slices"] if part["of"] == "users"}
+    assert by == {"history length", "events in the 28 days before", "user's age", "user's region"}
+    for kind in by:
+        parts = [part for part in report.manifest["slices"] if part["by"] == kind]
+        assert sum(part["users"] for part in parts) == len(report.users)
+        for part in parts:
+            own = report.users.filter(pl.col(f"user: {kind}") == part["slice"])["model: ndcg@10"]
+            assert (len(own), own.mean()) == (part["users"], pytest.approx(part["figures"]["ndcg@10"]["mean"]))
+    ages = [part["slice"] for part in report.manifest["slices"] if part["by"] == "user's age"]
+    assert len(ages) == 4
+    assert [ages[0][:6], ages[3][:5]] == ["up to ", "over "]
+
+
+def test_slices_of_targets_part_them(report: Report, subject: Recommender, shop: Dataset) -> None:
+    found = evaluate(subject, shop, ks=(10,), baselines=False)
+    for kind in ("item popularity", "item age"):
+        parts = [part for part in report.manifest["slices"] if part["by"] == kind]
+        assert sum(part["share"] for part in parts) == pytest.approx(1)
+        sums = sum(float(pl.Series(report.values(of=f"{kind}: {part['slice']}")).fill_nan(0).sum()) for part in parts)
+        assert sums == pytest.approx(float(found.values("model", ("ndcg",), (10,))["ndcg@10"].sum()))
+
+
+def test_history_length_slices_are_counted_by_hand(report: Report, shop: Dataset) -> None:
+    counts = shop.events.group_by("user_id").len().collect().select("user_id", length=pl.col("len") - 1)
+    joined = report.users.join(counts, on="user_id")
+    for name, low, high in (("1–4 events", 1, 4), ("5–9 events", 5, 9), ("10–19 events", 10, 19), ("20–49 events", 20, 49)):
+        assert (joined["user: history length"] == name).to_list() == joined["length"].is_between(low, high).to_list()
+
+
+def test_serendipity_counts_what_is_found_and_popularity_does_not_name(
+    report: Report, subject: Recommender, shop: Dataset
+) -> None:
+    found = evaluate(subject, shop, ks=(10,))
+    lucky = (found.judged["model"].ranks_P <= 10) & (found.judged["popularity"].ranks_P > 10)
+    assert 0 < int(lucky.sum()) < int((found.judged["model"].ranks_P <= 10).sum())
+    assert report.manifest["figures"]["model"]["serendipity@10"]["mean"] == pytest.approx(int(lucky.sum()) / found.users)
+    assert report.manifest["figures"]["popularity"]["serendipity@10"]["mean"] == 0
+
+
+def test_a_model_that_knows_nothing_is_called_so_first(report: Report, shop: Dataset) -> None:
+    assert report.manifest["beats"] is False
+    assert report.manifest["verdict"].startswith("The model does NOT beat ")
+
+
+def test_lists_that_name_the_targets_beat_every_baseline(shop: Dataset, tmp_path: Path) -> None:
+    last = shop.events.collect().group_by("user_id", maintain_order=True).agg(pl.col("item_id").last())
+    last.with_columns(rank=pl.lit(1)).write_parquet(tmp_path / "perfect.parquet")
+    report = make_report(GivenLists(tmp_path / "perfect.parquet", shop), shop, ks=(10,), checks=[], name="perfect")
+    assert report.manifest["figures"]["model"]["ndcg@10"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert report.manifest["verdict"].startswith("The model beats every baseline; the best of them is ")
+
+
+def test_the_same_seed_gives_the_same_report_and_it_is_read_as_written(
+    report: Report, subject: Recommender, shop: Dataset, tmp_path: Path
+) -> None:
+    again = make_report(subject, shop, ks=(3, 10), checks=[])
+    one, other = report.write(tmp_path / "one"), again.write(tmp_path / "other")
+    for file in ("users.parquet", "lists.parquet"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    strip = ("clock", "files", "hash", "id")
+    assert {k: v for k, v in one.manifest.items() if k not in strip} == {
+        k: v for k, v in other.manifest.items() if k not in strip
+    }
+    opened = Report.open(tmp_path / "one")
+    assert json.loads(json.dumps(opened.manifest)) == opened.manifest
+    assert opened.users.equals(report.users)
+    (tmp_path / "one" / "users.parquet").write_bytes(b"other")
+    with pytest.raises(DataError):
+        Report.open(tmp_path / "one")
+
+
+def test_shares_of_popularity_groups_add_up(report: Report) -> None:
+    groups = report.manifest["popularity"]
+    for what in ("events", "targets", "lists"):
+        assert sum(group[what] for group in groups) == pytest.approx(1)
+    assert [group["events"] / group["count"] for group in groups] == sorted(
+        (group["events"] / group["count"] for group in groups), reverse=True
+    )
+
+
+def test_wilsons_interval_by_hand() -> None:
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"user_id": [1], "item_id": [2]}, "no column rank"),
+        ({"user_id": [1, 1], "item_id": [2, 3], "rank": [1, 1]}, "two items at one rank"),
+        ({"user_id": [1, 1], "item_id": [2, 2], "rank": [1, 2]}, "an item twice"),
+        ({"user_id": [1], "item_id": [2], "rank": [0]}, "whole numbers from 1"),
+        ({"user_id": [9999], "item_id": [2], "rank": [1]}, "1 users are not in the data set, 9999"),
+        ({"user_id": [1], "item_id": ["lamp"], "rank": [1]}, "1 items are not in the data set, 'lamp'"),
+    ],
+)
+def test_wrong_lists_are_refused_in_one_line(table: dict[str, list[object]], says: str, shop: Dataset, tmp_path: Path) -> None:
+    pl.DataFrame(table).write_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(DataError, match=says) as error:
+        GivenLists(tmp_path / "lists.parquet", shop)
+    assert "\n" not in str(error.value)
+
+
+REAL = [("ml-1m", "P1", []), ("amazon-beauty", "P2", []), ("online-retail", "P3", ["--cutoff", "1320796800"])]
+REAL.append(("online-retail", "P3-repeats", ["--cutoff", "1320796800", "--repeats"]))
+
+
+@pytest.mark.parametrize(("name", "protocol", "words"), REAL, ids=[protocol for _, protocol, _ in REAL])
+def test_figures_of_real_data_are_those_of_the_yardstick(name: str, protocol: str, words: list[str], tmp_path: Path) -> None:
+    """An independent program scores the lists: those of a model without training, with targets among them."""
+    place = os.environ.get("RECSYS_DATA", "")
+    yardstick = Path(place or "nowhere").parent / "score_lists.py"
+    if not yardstick.is_file():
+        pytest.skip("needs RECSYS_DATA, and score_lists.py beside it")
+    recipe = load_recipe(name, ROOT / "training" / "recipes", ())
+    build(Path(place) / name, recipe, tmp_path / "dataset")
+    data = Dataset.open(tmp_path / "dataset")
+    chosen = ProtocolSettings(name=protocol)
+    own = evaluate(Recommender.load(write_run(tmp_path / "run", data)), data, chosen, depth=50, baselines=False)
+    mixed = own.frame().with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    last = data.events.group_by("user_id").agg(pl.col("item_id").last()).collect().cast(pl.String)
+    targets = last.with_columns(rank=pl.lit(7, pl.Int32), score=pl.lit(0.0, pl.Float32)).gather_every(3)
+    mixed = mixed.join(targets, on=["user_id", "item_id"], how="anti").join(targets, on=["user_id", "rank"], how="anti")
+    known = mixed["user_id"].unique().implode()
+    pl.concat([mixed, targets.filter(pl.col("user_id").is_in(known)).select(mixed.columns)]).write_parquet(
+        tmp_path / "lists.parquet"
+    )
+    found = evaluate(GivenLists(tmp_path / "lists.parquet", data), data, chosen, baselines=False)
+    command = [
+        sys.executable,
+        yardstick,
+        "--lists",
+        tmp_path / "lists.parquet",
+        "--events",
+        Path(place) / name / "events.parquet",
+    ]
+    told = json.loads(subprocess.run([*command, *words], check=True, capture_output=True, text=True).stdout)
+    assert found.users == told["users"]
+    for metric, value in found.figures["model"].items():
+        assert value == pytest.approx(told[metric], abs=1e-6), metric
+        assert value > 0.01
+        assert math.isfinite(value)
