@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,21 @@ from features.dataset import Dataset
 from features.schema import DataSettings
 from features.split import SplitSettings
 from recsys import terminal
-from recsys.bundle import MANIFEST, Directory, entry, files_hash, identity, open_directory, write_file
-from recsys.config import Recipe, Settings
-from recsys.errors import BundleError, DataError, RecsysError, SetupError
+from recsys.bundle import Directory, files_hash, open_directory, write_file
+from recsys.config import Recipe
+from recsys.errors import DataError, RecsysError
 from recsys.model import WEIGHTS, model_from
 from recsys.ranker import RANKER
+from recsys.record import ABSENT, Row, Stored, against_itself, clock_of, find, flat, record
 from recsys.tracking import OFF, Recorded, Tracking, TrackingSettings
 from serving.engine import DepthSettings, Recommender
 from serving.evaluation.judge import evaluate
 from serving.evaluation.protocol import ProtocolSettings
 from serving.export import export
 from serving.index import IndexSettings
-from serving.live import REGISTERED, source_of
 from serving.ranking import ServingSettings
 from training.loop import choose_device
-from training.run import CURVE, DECISIVE, MODEL, RANKING, RUN, environment, run_key
+from training.run import MODEL, environment
 from training.run import train as train_run
 from training.validate import validate
 
@@ -43,8 +43,8 @@ JUDGED = 1e-4
 """How far the figures of the same weights may be off on another machine: targets may change places with equals."""
 MARK = ".recsys-reproduce"
 """File that names the run or bundle which a folder's reproduction is of."""
-EXPORTED: tuple[type[Settings], ...] = (IndexSettings, DepthSettings, ServingSettings)
-"""What an export decides anew."""
+RUN_AGAIN = "run"
+"""Folder of the run that is made again, in --out."""
 TAKEN = ("parameters", "best_epoch", "depth_curve", "ranker")
 """What a bundle that was changed after its export still says of its model."""
 TOLD = (
@@ -52,36 +52,6 @@ TOLD = (
     *("files", "hash", "id", "quality", "curve"),
 )
 """What a manifest says beside figures, or is compared by itself."""
-ABSENT = "nothing"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that was compared."""
-
-    part: str
-    """record: what is stored, against itself; environment, figure, file: what is stored, against what is found now."""
-    what: str
-    stored: str
-    now: str
-    agrees: bool | None
-    """None: this was not compared, and `now` says why."""
-    off: float | None = None
-    """By how much a number differs."""
-
-    @property
-    def verdict(self) -> str:
-        """The cell of a table."""
-        if self.agrees is None:
-            return "–"
-        by = "" if not self.off else f", to {self.off:.1e}" if self.agrees else f", off by {self.off:.1e}"
-        return ("yes" if self.agrees else "no") + by
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.stored} in the manifest, {self.now}" if self.part == "record" else self._found()
-
-    def _found(self) -> str:
-        return f"{self.what} {self.stored} stored, {self.now} found"
 
 
 @dataclass(frozen=True)
@@ -139,15 +109,13 @@ def reproduce(word: str, dataset: Path | None, data: Path | None, out: Path | No
     `dataset`, else where it lay, else built from the raw logs `data`. `out` keeps what is made, and an interrupted training
     there goes on. Raises RecsysError: no run, or none of its data.
     """
-    stored, rows = _find(word, uri)
+    stored = find(word, uri)
     manifest = stored.manifest
-    _validate(manifest)
-    recorded, said = _recorded(stored)
-    rows += [*_settings(stored, recorded), *_figures_stored(stored, recorded), *said, *_files(stored)]
+    recorded, rows = against_itself(stored)
     told = (word, str(manifest["kind"]), str(manifest["id"]))
     if any(row.agrees is False for row in rows):
         return Reproduction(*told, rows)
-    then = _clock(manifest).get("environment", {})
+    then = clock_of(manifest).get("environment", {})
     with _workplace(out, manifest["id"]) as work, _as_then(then) as device:
         found = _dataset(manifest, recorded, dataset, data, work)
         rows += _weights(stored, found, device)
@@ -160,173 +128,6 @@ def reproduce(word: str, dataset: Path | None, data: Path | None, out: Path | No
         rows += _bytes(manifest, again.manifest)
         rows += _reports(manifest, recorded, again, found, tolerance)
     return Reproduction(*told, rows)
-
-
-RUN_AGAIN = "run"
-"""Folder of the run that is made again, in --out."""
-
-
-@dataclass(frozen=True)
-class _Stored(Directory):
-    """A run's model or a bundle, with what a run directory has beside it."""
-
-    run: dict[str, Any] | None = None
-    """run.json; None where there is none."""
-    curve: Sequence[Mapping[str, Any]] = ()
-
-
-def _find(word: str, uri: str) -> tuple[_Stored, list[Row]]:
-    """What a directory or a registered model holds. Raises RecsysError: nothing, or neither a run nor a bundle."""
-    rows, path = list[Row](), Path(word)
-    version = ""
-    if word.startswith("models:/"):
-        current, path = source_of(word, uri).current()
-        version = current.split()[0]
-    folder = path / MODEL if (path / MODEL / MANIFEST).is_file() else path
-    manifest = open_directory(folder, verify=False).manifest
-    needed = ("name", "recipe", "dataset", "clock", "id", "hash", "quality", "best_epoch", "curve")
-    if manifest.get("kind") not in ("model", "bundle") or [key for key in needed if key not in manifest]:
-        raise BundleError(f"{folder / MANIFEST}: is of no run and no bundle; give the directory that train or export wrote")
-    if version:
-        name = REGISTERED.fullmatch(word)[1]  # type: ignore[index]  # else it had not been found
-        known = {str(one["version"]): one["bundle"] for one in Tracking(TrackingSettings(uri=uri, model=name)).versions()}
-        rows.append(_record("id", manifest["id"], known.get(version, ABSENT), f"MLflow's version {version}"))
-    run, curve = None, []
-    if folder != path:
-        try:
-            run = dict(json.loads((path / RUN).read_text(encoding="utf-8")))
-            curve = [json.loads(line) for line in (path / CURVE).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError, TypeError) as error:
-            raise BundleError(f"{path}: {RUN} or {CURVE} cannot be read ({error}); restore them, or give {folder}") from None
-    return _Stored(folder, manifest, run, curve), rows
-
-
-def _clock(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was noted when the run was made, whose bundle this may be."""
-    clock: Mapping[str, Any] = manifest["clock"]
-    return clock.get("run", clock)  # type: ignore[no-any-return]
-
-
-def _record(what: str, stored: object, found: object, where: str) -> Row:
-    same = str(stored) == str(found)
-    return Row("record", what, str(stored), f"{'the same' if same else found} in {where}", same)
-
-
-def _recorded(stored: _Stored) -> tuple[Recorded | None, list[Row]]:
-    """What MLflow holds of the run; None where it was left out or is not to be reached."""
-    address = _clock(stored.manifest).get("tracking", {"uri": OFF, "run_id": ""})
-    rows = []
-    if stored.run is not None:
-        rows.append(_record("MLflow's run", _address(address), _address(stored.run.get("tracking", {})), RUN))
-    settings = Recipe("", stored.manifest["recipe"]).read(TrackingSettings)
-    tracking = Tracking(replace(settings, uri=address["uri"]), address["run_id"])
-    if not tracking.on:
-        return None, [*rows, Row("record", "MLflow", "left out", "", None)]
-    try:
-        return tracking.recorded(), rows
-    except SetupError as error:
-        return None, [*rows, Row("record", "MLflow", address["run_id"], str(error), None)]
-
-
-def _address(address: Mapping[str, str]) -> str:
-    return f"{address.get('run_id')} at {address.get('uri')}"
-
-
-def _files(stored: _Stored) -> list[Row]:
-    """The files, their hash, and the id, against the manifest."""
-    manifest = stored.manifest
-    pairs = {file: (wanted["sha256"], entry(stored.path / file)["sha256"]) for file, wanted in manifest["files"].items()}
-    differing = [_record(file, one[:12], two[:12], "the file") for file, (one, two) in pairs.items() if one != two]
-    rows = differing or [Row("record", "SHA-256 of files", str(len(pairs)), "as the manifest says", True)]
-    rows.append(_record("hash", manifest["hash"][:12], files_hash(manifest["files"])[:12], "the list of files"))
-    return [*rows, _record("id", manifest["id"], identity(manifest), "all it says")]
-
-
-def _settings(stored: _Stored, recorded: Recorded | None) -> list[Row]:
-    """The manifest's recipe against run.json and MLflow, and the key and data set's hash with them."""
-    manifest, rows, digest = stored.manifest, list[Row](), stored.manifest["dataset"]["hash"]
-    recipe = _flat(manifest["recipe"])
-    if stored.run is not None:
-        theirs, base = stored.run.get("recipe", {}), stored.run.get("base", "")
-        found = {name: json.dumps(value) for name, value in _flat(theirs).items()}
-        rows += _differing({name: {json.dumps(value)} for name, value in recipe.items()}, found, RUN)
-        try:
-            key = run_key(theirs, digest, base)
-        except (KeyError, TypeError):
-            key = "none"
-        rows.append(_record("key", key[:12], str(stored.run.get("key"))[:12], RUN))
-    if base := _clock(manifest).get("base"):
-        rows.append(Row("record", "base", base, "not needed: its part is learnt again from the recipe as well", None))
-    if recorded is not None:
-        decided = [owner.section for owner in EXPORTED if manifest["kind"] == "bundle"]
-        kept = [name for name in {**recipe, **recorded.settings} if name.partition(".")[0] not in decided]
-        as_text = {name: {str(recipe[name]), str(_tuples(recipe[name]))} for name in kept if name in recipe}
-        rows += _differing(as_text, {name: text for name, text in recorded.settings.items() if name in kept}, "MLflow")
-        rows.append(_record("data set", digest[:12], recorded.tags.get("dataset.sha256", ABSENT)[:12], "MLflow"))
-    return rows
-
-
-def _flat(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were when they were recorded."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _differing(stored: Mapping[str, set[str]], found: Mapping[str, str], where: str) -> list[Row]:
-    """A row for each setting that is another, or one for all; `stored` holds the ways in which each may be written."""
-    rows = [
-        Row("record", name, min(stored.get(name, {ABSENT})), f"{found.get(name, ABSENT)} in {where}", False)
-        for name in sorted({*stored, *found})
-        if found.get(name) not in stored.get(name, ())
-    ]
-    return rows or [Row("record", f"recipe, {where}", f"{len(stored)} settings", "the same", True)]
-
-
-def _figures_stored(stored: _Stored, recorded: Recorded | None) -> list[Row]:
-    """The manifest's validation figures and learning curve against each other, curve.jsonl and MLflow."""
-    manifest, curve, rows = stored.manifest, stored.manifest["curve"], list[Row]()
-    best = {"epoch": manifest["best_epoch"], **manifest["quality"].get("validation", {})}
-    learnt = [line for line in curve if line.get("part", MODEL) == MODEL]  # nothing, of a model that was taken
-    chosen = next((line for line in learnt if line["epoch"] == best["epoch"]), {}) if learnt else best
-    for name, value in best.items():
-        if chosen.get(name) != value:
-            rows.append(_record(f"validation {name}", value, chosen.get(name, ABSENT), "the learning curve"))
-    wanted = dict(_points(curve))
-    if stored.run is not None:
-        rows += _differing_points(wanted, dict(_points(stored.curve)), CURVE)
-    if recorded is not None:
-        rows += _differing_points(wanted, recorded.metrics, "MLflow")
-    return rows
-
-
-def _points(curve: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, int], float]]:
-    """The figures of a learning curve as MLflow has them: by name and epoch."""
-    for line in curve:
-        part = "" if line.get("part", MODEL) == MODEL else f"{line['part']}_"
-        for name, value in line.items():
-            if name == "loss" or "@" in name:
-                validation = "validation_" if "@" in name else ""
-                yield (f"{part}{validation}{name.replace('@', '_at_')}", int(line["epoch"])), value
-
-
-def _differing_points(wanted: Mapping[tuple[str, int], float], found: Mapping[tuple[str, int], float], where: str) -> list[Row]:
-    """A row for each figure that is another, or one for all."""
-    rows = [
-        _record(f"{name} of epoch {epoch}", value, found.get((name, epoch), ABSENT), where)
-        for (name, epoch), value in wanted.items()
-        if found.get((name, epoch)) != value
-    ]
-    return rows or [Row("record", f"learning curve, {where}", f"{len(wanted)} figures", "the same", True)]
-
-
-def _validate(manifest: Mapping[str, Any]) -> None:
-    """Raises RecipeError: the stored recipe holds what no owner knows."""
-    recipe = Recipe(str(manifest["name"]), manifest["recipe"])
-    for owner in (DataSettings, SplitSettings, *DECISIVE, *RANKING, *EXPORTED, TrackingSettings):
-        recipe.read(owner)
 
 
 @contextmanager
@@ -366,7 +167,7 @@ def _dataset(
     """The run's data set: where it is given, where it lay, or built anew. Raises DataError: none is it."""
     if given is not None:
         return _same(Dataset.open(given), manifest, "give that one, or --data with the raw logs")
-    places = [_clock(manifest).get("dataset", ""), *(recorded.sources if recorded else ())]
+    places = [clock_of(manifest).get("dataset", ""), *(recorded.sources if recorded else ())]
     problem = f"its data set lay in {places[0] or 'a place that is not known'}"
     for place in dict.fromkeys(place for place in places if place and (Path(place) / DATASET).is_file()):
         try:
@@ -388,9 +189,9 @@ def _same(dataset: Dataset, manifest: Mapping[str, Any], do: str) -> Dataset:
         return dataset
     then = {
         **{name: manifest["dataset"].get(name) for name in ("users", "events", "items")},
-        **_flat(_of_data(manifest["recipe"])),
+        **flat(_of_data(manifest["recipe"])),
     }
-    now = {**{name: told.get(name) for name in ("users", "events", "items")}, **_flat(_of_data(told["settings"]))}
+    now = {**{name: told.get(name) for name in ("users", "events", "items")}, **flat(_of_data(told["settings"]))}
     differing = [
         f"{name} {then.get(name, ABSENT)} then, {now.get(name, ABSENT)} here"
         for name in {**then, **now}
@@ -407,18 +208,18 @@ def _of_data(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
     return {name: recipe[name] for name in (DataSettings.section, SplitSettings.section) if name in recipe}
 
 
-def _weights(stored: _Stored, dataset: Dataset, device: torch.device) -> list[Row]:
+def _weights(stored: Stored, dataset: Dataset, device: torch.device) -> list[Row]:
     """The validation figures of the weights that are stored; other weights in their place have others."""
     wanted = stored.manifest["quality"].get("validation", {})
     if "before" in stored.manifest or not wanted:
         return []
     found = validate(model_from(stored, device.type), dataset.sequences)
     rows = [_figure(name, value, found.get(name, ABSENT), JUDGED) for name, value in wanted.items()]
-    told = [_record(f"validation {row.what}", row.stored, row.now, "the weights") for row in rows if not row.agrees]
+    told = [record(f"validation {row.what}", row.stored, row.now, "the weights") for row in rows if not row.agrees]
     return told or [Row("record", "validation, the weights", f"{len(rows)} figures", "the same", True)]
 
 
-def _again(stored: _Stored, dataset: Dataset, work: Path, device: torch.device) -> Directory:
+def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -> Directory:
     """Train, and for a bundle that was not changed since also export; all by what is stored."""
     manifest = stored.manifest
     with terminal.training_progress() as (observe, progress):

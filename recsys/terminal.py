@@ -141,7 +141,7 @@ def report_table(report: Mapping[str, Any]) -> None:
     print(report["protocol"]["text"])
     if report["leaks"]["found"]:
         print(f"LEAKS were found ({', '.join(report['leaks']['found'])}); `recsys leaks` tells the rows")
-    names = [report["decisive"], f"recall@{k}", f"mrr@{k}", f"map@{k}", f"recall@{max(report['ks'])}", f"coverage@{k}"]
+    names = [report["decisive"], f"recall@{k}", f"mrr@{k}", f"recall@{max(report['ks'])}", f"coverage@{k}"]
     table = Table(title=f"{report['users']:,} users, 95 % intervals by bootstrap over users")
     for name in ("", *names):
         table.add_column(name, justify="right" if name else "left")

@@ -21,7 +21,7 @@ REACHES = {
     "training": {"training", "features", "recsys"},
     "serving": {"serving", "features", "recsys"},
 }
-LOADED_LATE = {"recsys/backtest.py", "recsys/demo.py", "recsys/night.py", "recsys/promotion.py", "recsys/reproduce.py"}
+LOADED_LATE = {f"recsys/{name}.py" for name in ("backtest", "demo", "night", "promotion", "record", "reproduce")}
 """Verbs' own files, which the command imports inside a function: they may load what they like."""
 COMMAND = {"recsys/__main__.py", "recsys/terminal.py", *LOADED_LATE}
 """Reach every layer, and nothing of recsys but the command reaches them."""

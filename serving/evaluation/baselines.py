@@ -21,10 +21,10 @@ from serving.lists import Lists, best
 
 NEIGHBOURS = 100
 """Most similar items kept for an item."""
-HALF_LIVES = (2.0, 4.0, 8.0, 16.0, float("inf"))
-"""Tried: events after which a past event counts half."""
-HALF_SPANS = (0.005, 0.02, 0.1, 0.3)
-"""Tried: the share of the time that training events span after which an event counts half."""
+HALF_LIVES = (8.0, 2.0, 4.0, 16.0, float("inf"))
+"""Tried: events after which a past event counts half. The first is taken where there is no validation."""
+HALF_SPANS = (0.1, 0.005, 0.02, 0.3)
+"""Tried: the share of the time that training events span after which an event counts half; likewise."""
 RIDGE = 500.0
 """What EASE adds to the diagonal of the items' Gram matrix."""
 LARGEST = 15_000

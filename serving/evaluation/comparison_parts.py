@@ -66,8 +66,9 @@ class ComparisonParts:
         told = self.comparison.get(side)
         if not told:
             return None
-        ids = told.get("bundles") or []
-        return f"{name}: {count(len(ids), 'bundles')}, {', '.join(map(str, ids))}" if ids else name
+        ids = [str(each) for each in told.get("bundles") or []]
+        seeds = f"{count(len(ids), 'seeds')}, " if len(ids) > 1 else ""
+        return f"{name}: {seeds}{', '.join(ids)}" if ids else name
 
     def _users(self) -> str:
         keys = {"won": "for whom B is better", "lost": "for whom A is better", "equal": "for whom they are equal"}

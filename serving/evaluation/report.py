@@ -270,6 +270,8 @@ class _Making:
         """The first line: whether the model beats every baseline, by paired tests adjusted for their number."""
         own_U, own = self.columns[f"model: {self.decisive}"].numpy(), self._estimate(f"model: {self.decisive}")
         said = f"{self.decisive.upper()} {written(self.decisive, own)}"
+        model = isinstance(self.subject, Recommender)
+        subject, beats = ("The model does", "The model beats") if model else ("These lists do", "These lists beat")
         if not self.best:
             return {"verdict": f"No baseline was judged beside the model: {said}.", "beats": None, "mdd": None}
         against = {
@@ -293,9 +295,10 @@ class _Making:
         apart = f"{mean} [{low}, {high}]"
         beside = f"{said} against {theirs}, {apart} in a paired test over {self.found.users:,} users"
         if unbeaten:
-            verdict = f"The model does NOT beat {' and '.join(unbeaten)}: {beside}."
+            *others, last = unbeaten
+            verdict = f"{subject} NOT beat {' and '.join([', '.join(others), last] if others else [last])}: {beside}."
         else:
-            verdict = f"The model beats every baseline; the best of them is {rival}: {beside}."
+            verdict = f"{beats} every baseline; the best of them is {rival}: {beside}."
         best = against[self.best]
         least = minimal_detectable(best.sd, self.found.users, 1 - LEVEL)
         mdd = {

@@ -29,7 +29,7 @@ AGES = (30, 180)
 """Days at which a slice of item ages begins."""
 HEAD = 0.2
 """Share of the items with training events that are the head, most popular first; the others are the tail."""
-VALUES = 12
+VALUES = 24
 """Values of a user column, at most, of which each is a slice; of a column of more numbers the quarters are."""
 
 
@@ -84,7 +84,7 @@ def _popularity(found: Evaluation, counts_V: Tensor) -> list[tuple[str, Tensor]]
     lines_P = (found.targets_P - FIRST_ITEM).clamp(max=len(counts_V) - 1)
     warm_P, head_P = known_P & (counts_V[lines_P] > 0), known_P & head_V[lines_P]
     return [
-        (f"head: the {HEAD:.0%} most popular items", head_P),
+        (f"head: the most popular {100 * HEAD:.0f} % of items", head_P),
         ("tail: the other items with training events", warm_P & ~head_P),
         ("cold: items without training events", ~warm_P),
     ]

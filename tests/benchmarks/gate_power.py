@@ -6,7 +6,7 @@ lister is. So the true difference of two listers is known: by expectation over t
 Lists are judged as any program's are (`recsys evaluate LISTS`), with every slice of a report, and the gate decides by default
 rules but for the champion's answer time and bundle, which lists have not.
 
-    python -m tests.benchmarks.gate_power [REPETITIONS [USERS]]
+    python -m tests.benchmarks.gate_power [REPETITIONS [USERS [FIRST_SEED]]]
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def best(scores_UI: Floats) -> npt.NDArray[np.int64]:
     return np.take_along_axis(top_UK, order_UK, 1)
 
 
-def main(repetitions: int = 100, users: int = 2000) -> None:
+def main(repetitions: int = 100, users: int = 2000, first: int = 1) -> None:
     torch.set_num_threads(1)
     started, found = time.perf_counter(), []
-    for seed in range(1, repetitions + 1):
+    for seed in range(first, first + repetitions):
         with tempfile.TemporaryDirectory() as folder:
             found.append(repetition(seed, users, Path(folder)))
-        if seed % 10 == 0:
-            print(f"{seed} of {repetitions}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        if len(found) % 10 == 0:
+            print(f"{len(found)} of {repetitions}, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     for name, wanted in WANTED.items():
         promoted = sum(one[name][0] for one in found)
         refused = Counter(rule for one in found for rule in one[name][1])

@@ -37,7 +37,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         for day, item in enumerate(torch.randint(61, (3 + user % 29,), generator=draw).tolist())
     ]
     pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row").write_parquet(folder / "events.parquet")
-    users = pl.DataFrame({"user_id": list(range(101)), "age": [user % 50 for user in range(101)]})
+    users = pl.DataFrame({"user_id": list(range(101)), "age": [user % 50 / 2 for user in range(101)]})
     users.with_columns(region=pl.format("region {}", pl.col("user_id") % 3)).write_parquet(folder / "users.parquet")
     build(folder, Recipe("shop", {}), folder / "dataset")
     return Dataset.open(folder / "dataset")
@@ -113,7 +113,7 @@ def test_lists_that_name_the_targets_beat_every_baseline(shop: Dataset, tmp_path
     last.with_columns(rank=pl.lit(1)).write_parquet(tmp_path / "perfect.parquet")
     report = make_report(GivenLists(tmp_path / "perfect.parquet", shop), shop, ks=(10,), checks=[], name="perfect")
     assert report.manifest["figures"]["model"]["ndcg@10"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert report.manifest["verdict"].startswith("The model beats every baseline; the best of them is ")
+    assert report.manifest["verdict"].startswith("These lists beat every baseline; the best of them is ")
 
 
 def test_the_same_seed_gives_the_same_report_and_it_is_read_as_written(
