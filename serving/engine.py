@@ -20,7 +20,7 @@ import copy
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,6 +153,12 @@ class Recommender:
         """The same with so many blocks of its ranker; with 0, lists are in the order of retrieval."""
         other = copy.copy(self)
         other.ranker_blocks = blocks
+        return other
+
+    def in_plain_order(self) -> Recommender:
+        """The same without diversity and without less popularity."""
+        other = copy.copy(self)
+        other.serving = replace(self.serving, diversity=0.0, popularity=0.0)
         return other
 
     def with_profile(self, serving: ServingSettings, depth: DepthSettings, index: IndexSettings) -> Recommender:

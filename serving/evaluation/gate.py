@@ -28,8 +28,8 @@ class PromotionSettings(Settings):
 
     metric: str = "ndcg@10"
     """What decides: recall, ndcg, mrr, map or hit, at a k."""
-    level: float = 0.95
-    """Of intervals and tests, two-sided."""
+    level: float = 0.98
+    """Of intervals and tests, two-sided: a challenger that is no better passes in one of a hundred cases."""
     least_gain: float = 0.0
     """What the low end of the gain's interval must pass, as a share of the champion's metric. 0: it must be better; -0.01: it
     must not be worse by 1 %."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from features.dataset import Dataset
 
 COLUMNS = ("user_id", "item_id", "rank")
+DEEPEST = 1000
+"""Places of a list that are read; no metric looks further."""
 
 
 class GivenLists:
@@ -81,7 +83,12 @@ class GivenLists:
             twice = table.filter(table.select(pair).is_duplicated())
             if len(twice):
                 raise DataError(f"{path}: the list of user {twice['user_id'][0]!r} has {what}; mend the table")
-        return table if "score" in table.columns else table.with_columns(score=-pl.col("rank").cast(pl.Float32))
+        table = table.filter(pl.col("rank") <= DEEPEST)
+        if "score" not in table.columns:
+            return table.with_columns(score=-pl.col("rank").cast(pl.Float32))
+        if not table["score"].dtype.is_numeric():
+            raise DataError(f"{path}: score is {table['score'].dtype}, must be numbers; mend the table, or leave it out")
+        return table
 
 
 def _places(user_ids: pl.Series, known: pl.Series) -> pl.Series:

@@ -1,6 +1,7 @@
 """Judge lists by a protocol: the served path, each of its stages, and what it must beat, by one code.
 
 U judged users · B histories of a batch · P (user, target) pairs · K depth of the lists · V catalogue items
+R item rows: the catalogue's, and behind them those of items that the data set has and the catalogue has not
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a data set says of its items, by the rows of a catalogue: the same for every model that is judged by it."""
+
+    rows_D: Tensor
+    """The row of each of its items, the most popular in training first."""
+    counts_R: Tensor
+    """Training events; 0 for an item that is kept cold, and for one of the catalogue that the data set has not."""
+    cold_R: Tensor
+    """Whether an item is kept cold."""
+
+    @staticmethod
+    def of(dataset: Dataset, catalogue: Catalogue) -> Facts:
+        items = dataset.items
+        rows_D = catalogue.aligned(items["item_id"])[FIRST_ITEM:].long()
+        rows = max(FIRST_ITEM + len(catalogue), int(rows_D.max()) + 1)
+        counts_R, cold_R = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
+        counts_R[rows_D] = torch.tensor(items["events"].to_numpy()).long()
+        split = SplitSettings(**dataset.manifest["settings"][SplitSettings.section])
+        cold_R[rows_D] = torch.tensor(is_cold(items["item_id"], split).to_numpy())
+        return Facts(rows_D, counts_R, cold_R)
+
+
+@dataclass(frozen=True)
 class Judged:
     """How one lister's lists were found."""
 
@@ -76,8 +100,8 @@ class Evaluation:
     targets_P: Tensor
     """Item rows."""
     judged: Mapping[str, Judged]
-    cold_V: Tensor | None
-    """Which items the data set keeps cold; None: none."""
+    facts: Facts
+    """What the data set says of the items, whatever the catalogue knows."""
     lists: Lists
     """The model's."""
     asked_U: Tensor
@@ -119,15 +143,13 @@ class Evaluation:
     @property
     def cold_P(self) -> Tensor:
         """Which targets are of items that are kept cold."""
-        assert self.cold_V is not None
-        known_P = self.targets_P < FIRST_ITEM + len(self.cold_V)
-        return known_P & self.cold_V[(self.targets_P - FIRST_ITEM).clamp(max=len(self.cold_V) - 1)]
+        return self.facts.cold_R[self.targets_P]
 
     @property
     def slices(self) -> dict[str, dict[str, dict[str, float]]]:
         """Where the split has cold items, the figures by targets: `warm` and `cold` in full lists, and `cold among cold`."""
         out: dict[str, dict[str, dict[str, float]]] = {}
-        if self.cold_V is None:
+        if not bool(self.facts.cold_R.any()):
             return out
         for name, judged in self.judged.items():
             among = name.endswith(AMONG)
@@ -178,9 +200,11 @@ def evaluate(
     nobody = f"the {chosen.split} split has no user with a history and a target; give more events or another [split]"
     if not len(asked_U):
         raise DataError(nobody)
-    split = SplitSettings(**made[SplitSettings.section])
-    cold_V = torch.tensor(is_cold(catalogue.items["item_id"], split).to_numpy())
-    among_V = {"all": None, "warm": catalogue.events > 0, "cold": cold_V}[chosen.candidates]
+    facts = Facts.of(dataset, catalogue)
+    some_cold = bool(facts.cold_R.any())
+    if chosen.candidates == "cold" and not some_cold:
+        raise RequestError("the data set keeps no item cold; set protocol.candidates = all, or make it with split.cold_one_in")
+    among_R = {"all": None, "warm": facts.counts_R > 0, "cold": facts.cold_R}[chosen.candidates]
     listers: dict[str, tuple[str, Lister | GivenLists]] = {"model": ("model", subject)}
     if baselines:
         if isinstance(subject, Recommender):
@@ -188,15 +212,17 @@ def evaluate(
         fits = BASELINES | ({} if chosen.filter_seen else REPEATING)
         known = sequences.learnable(learnt)
         listers |= {name: ("baseline", _best(fit(known, learnt), sequences, chosen.filter_seen)) for name, fit in fits.items()}
-    some_cold = bool(cold_V.any()) and chosen.candidates == "all"
-    if some_cold and isinstance(subject, Recommender):
-        listers["model" + AMONG] = ("model", _Among(subject, cold_V))
-        if baselines:
-            text = Ranked(MeanText(catalogue.described, learnt))
-            listers |= {"mean text": ("baseline", text), "mean text" + AMONG: ("baseline", text.among(cold_V))}
-    if among_V is not None:
-        listers = {name: (kind, _among(lister, among_V)) for name, (kind, lister) in listers.items()}
-    yardstick = Beyond(sequences, len(catalogue), _allowed(subject, among_V), asked_U, chosen.split)
+    if some_cold and chosen.candidates == "all" and isinstance(subject, Recommender):
+        listers["model" + AMONG] = ("model", _among(subject, facts.cold_R))
+    if some_cold and baselines and chosen.candidates != "warm":
+        text = Ranked(MeanText(catalogue.described, learnt))
+        listers["mean text"] = ("baseline", text)
+        if chosen.candidates == "all":
+            listers["mean text" + AMONG] = ("baseline", _among(text, facts.cold_R))
+    if among_R is not None:
+        listers = {name: (kind, _among(lister, among_R)) for name, (kind, lister) in listers.items()}
+    shown_D = facts.rows_D if among_R is None else facts.rows_D[among_R[facts.rows_D]]
+    yardstick = Beyond(sequences, facts.counts_R, shown_D, asked_U, chosen.split)
     judged, own = dict[str, Judged](), None
     owners_P = targets_P = torch.zeros(0, dtype=torch.int64)
     for number, (name, (kind, lister)) in enumerate(listers.items()):
@@ -205,7 +231,7 @@ def evaluate(
             progress(number * len(asked_U) + done, len(listers) * len(asked_U))
 
         lists, ranks_P, owners_P, targets_P = judge(lister, sequences, chosen, asked_U, max(*ks, depth), tell)
-        counted_P = _counted(targets_P, among_V)
+        counted_P = torch.ones_like(targets_P, dtype=torch.bool) if among_R is None else among_R[targets_P]
         if not bool(counted_P.any()):
             raise DataError(nobody)
         shown = None if name.endswith(AMONG) else yardstick.measure(lists.rows, min(ks, key=lambda k: abs(k - 10)))
@@ -227,7 +253,7 @@ def evaluate(
         owners_P=owners_P,
         targets_P=targets_P,
         judged=judged,
-        cold_V=cold_V if bool(cold_V.any()) else None,
+        facts=facts,
         lists=own,
         asked_U=asked_U,
     )
@@ -282,15 +308,18 @@ PAIRS = 2**12
 
 
 def _stages(recommender: Recommender) -> dict[str, Lister]:
-    """What the served path is made of, each alone."""
+    """What the served path is made of, each alone: exact search, then what the index finds, then the ranker's order.
+
+    What diversity and popularity (serving.ServingSettings) change is in none of them but the model's own lists.
+    """
     stages: dict[str, Lister] = {}
-    if recommender.ranker is not None:
-        if recommender.ranker_blocks:
-            stages["model, as retrieved"] = recommender.with_ranker(0)
-        else:
-            stages["model, ranked"] = recommender.with_ranker(recommender.ranker.settings.blocks)
+    plain, settings = recommender.with_ranker(0).in_plain_order(), recommender.serving
+    if recommender.ranker_blocks or settings.diversity or settings.popularity:
+        stages["model, as retrieved"] = plain
+    if recommender.ranker is not None and not recommender.ranker_blocks:
+        stages["model, ranked"] = recommender.with_ranker(recommender.ranker.settings.blocks).in_plain_order()
     if not recommender.searcher.exact:
-        stages["model, exact search"] = recommender.with_ranker(0).with_exact_search()
+        stages["model, exact search"] = plain.with_exact_search()
     return stages
 
 
@@ -309,25 +338,14 @@ def _best(variants: Sequence[Baseline], sequences: Sequences, filter_seen: bool)
     return Ranked(variants[worth.index(max(worth))])
 
 
-def _allowed(subject: Recommender | GivenLists, among_V: Tensor | None) -> Tensor:
-    """Which items of the catalogue may be recommended."""
-    allowed_V = torch.zeros(len(subject.catalogue), dtype=torch.bool)
-    allowed_V[: subject.lines] = True if subject.live_V is None else subject.live_V
-    return allowed_V if among_V is None else allowed_V & among_V
-
-
-def _counted(targets_P: Tensor, among_V: Tensor | None) -> Tensor:
-    """Which targets count: all, or those of the candidates alone."""
-    if among_V is None:
-        return torch.ones_like(targets_P, dtype=torch.bool)
-    known_P = targets_P < FIRST_ITEM + len(among_V)
-    return known_P & among_V[(targets_P - FIRST_ITEM).clamp(max=len(among_V) - 1)]
-
-
-def _among(lister: Lister | GivenLists, among_V: Tensor) -> Lister | GivenLists:
+def _among(lister: Lister | GivenLists, among_R: Tensor) -> Lister | GivenLists:
+    """The same of some items alone."""
     if isinstance(lister, GivenLists):
         raise RequestError("lists that are given are judged as they are; set protocol.candidates = all")
-    return lister.among(among_V) if isinstance(lister, Ranked) else _Among(lister, among_V)  # type: ignore[arg-type]
+    if isinstance(lister, Ranked):
+        return lister.among(among_R[FIRST_ITEM:])
+    assert isinstance(lister, Recommender)
+    return _Among(lister, among_R[: FIRST_ITEM + len(lister.catalogue)].nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -335,12 +353,11 @@ class _Among:
     """A recommender that may name some items alone."""
 
     recommender: Recommender
-    among_V: Tensor
+    rows: list[int]
 
     @property
     def reads_now(self) -> bool:
         return self.recommender.reads_now
 
     def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
-        rows = (self.among_V.nonzero().flatten() + FIRST_ITEM).tolist()
-        return self.recommender.recommend(histories, k, now, filter_seen, allow=rows)
+        return self.recommender.recommend(histories, k, now, filter_seen, allow=self.rows)

@@ -78,9 +78,12 @@ def protocol_of(settings: ProtocolSettings, made: Mapping[str, Mapping[str, Any]
             raise RequestError(f"{settings.name} is for data sets with {'; '.join(wrong)}; judge by another protocol")
         if named.bundle and kind != "bundle":
             raise RequestError(f"{settings.name} judges the served path: give a bundle of `recsys export`, not a {kind}")
+        if (settings.split, settings.candidates) != ("test", "all"):
+            raise RequestError(f"{settings.name} judges the test among all items; leave out protocol.split and .candidates")
         return replace(settings, targets=named.targets, filter_seen=named.filter_seen)
     for name, named in PROTOCOLS.items():
-        fits = (settings.targets, settings.filter_seen, settings.candidates) == (named.targets, named.filter_seen, "all")
+        wanted = (named.targets, named.filter_seen, "all", "test")
+        fits = (settings.targets, settings.filter_seen, settings.candidates, settings.split) == wanted
         if fits and named.data and not _differences(named, made):
             return replace(settings, name=name)
     return settings
@@ -108,7 +111,7 @@ def in_words(settings: ProtocolSettings, made: Mapping[str, Mapping[str, Any]], 
     targets = {
         "new": "the distinct items of the {} that are new to the user",
         "all": "the distinct items of the {}, also those that the user had before",
-        "next": "the first item of the {}",
+        "next": "the first item of the {}" + (", where it is new to the user" if settings.filter_seen else ""),
     }[settings.targets].format(settings.split)
     among = {
         "all": "the full catalogue",

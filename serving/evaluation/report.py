@@ -111,6 +111,7 @@ def make_report(
     command: str = "",
     seed: int = 0,
     checks: Sequence[Check] | None = None,
+    baselines: bool = True,
     progress: Tell = lambda done, of: None,
 ) -> Report:
     """Judge, and say how sure every figure is. `checks` are those for leaks (default: they are made now; found ones are told).
@@ -118,7 +119,7 @@ def make_report(
     Same bundle, data set, protocol and seed: the same report but for its `clock`. Raises as `evaluate`.
     """
     started = datetime.now(UTC)
-    found = evaluate(subject, dataset, protocol, ks, progress=progress)
+    found = evaluate(subject, dataset, protocol, ks, baselines, progress=progress)
     manifest = subject.manifest if isinstance(subject, Recommender) else {}
     if checks is None:
         checks = find_leaks(dataset, manifest or None)
@@ -153,9 +154,6 @@ class _Making:
         self.found, self.subject, self.seed = found, subject, seed
         self.k = min(found.ks, key=lambda k: abs(k - 10))
         self.decisive = f"{DECISIVE}@{self.k}"
-        sequences, items = found.sequences, len(found.catalogue)
-        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
-        self.counts_V = torch.bincount(train.values, minlength=FIRST_ITEM + items)[FIRST_ITEM : FIRST_ITEM + items]
         self.columns: dict[str, Tensor] = {}
         """Values of judged users, by the name of their column in users.parquet."""
         judged_A = torch.isin(found.asked_U, found.users_U)
@@ -170,7 +168,7 @@ class _Making:
         self.listers = {name: judged.kind for name, judged in found.judged.items() if not name.endswith(AMONG)}
         baselines = [name for name, kind in self.listers.items() if kind == "baseline"]
         self.best = max(baselines, key=lambda name: float(self.columns[f"{name}: {self.decisive}"].mean()), default="")
-        self.slices, self.left_out = slices(found, self.counts_V)
+        self.slices, self.left_out = slices(found)
         for part in self.slices:
             self._add_slice(part)
         values_UM = torch.stack(list(self.columns.values()), 1).numpy()
@@ -319,20 +317,19 @@ class _Making:
 
     def _popularity(self) -> list[dict[str, Any]]:
         """Shares of training events, targets and places of lists that go to items of like popularity."""
-        order_V = self.counts_V.argsort(descending=True, stable=True)
-        warm, targets = int((self.counts_V > 0).sum()), self.found.targets_P - FIRST_ITEM
-        wanted_V = torch.bincount(targets[targets < len(order_V)], minlength=len(order_V))
+        facts = self.found.facts
+        warm, wanted_R = int((facts.counts_R > 0).sum()), torch.bincount(self.found.targets_P, minlength=len(facts.counts_R))
         shown = self.found.judged["model"].shown
         assert shown is not None
-        totals = {"events": self.counts_V, "targets": wanted_V, "lists": shown.times_V}
-        sums = {"events": int(self.counts_V.sum()), "targets": len(targets), "lists": int(shown.times_V.sum())}
+        totals = {"events": facts.counts_R, "targets": wanted_R, "lists": shown.times_R}
+        sums = {what: max(int(values[facts.rows_D].sum()), 1) for what, values in totals.items()}
         out, start = [], 0
         for name, share in (*GROUPS, ("without training events", None)):
-            end = len(order_V) if share is None else max(start, math.ceil(share * warm))
-            lines = order_V[start:end]
-            if len(lines):
-                shares = {what: float(values[lines].sum()) / max(sums[what], 1) for what, values in totals.items()}
-                out.append({"items": name, "count": len(lines), **shares})
+            end = len(facts.rows_D) if share is None else max(start, math.ceil(share * warm))
+            rows = facts.rows_D[start:end]
+            if len(rows):
+                shares = {what: float(values[rows].sum()) / sums[what] for what, values in totals.items()}
+                out.append({"items": name, "count": len(rows), **shares})
             start = end
         return out
 
@@ -342,7 +339,7 @@ class _Making:
         if not isinstance(subject, Recommender) or subject.calibration is None:
             return None
         begins_U, ends_U, _ = found.sequences.windows(found.protocol.split)
-        users_B = found.users_U[:: max(1, -(-found.users // CALIBRATED))]
+        users_B = found.asked_U[:: max(1, -(-len(found.asked_U) // CALIBRATED))]  # whether or not their next item is a target
         histories = gather(found.sequences.items, found.sequences.times, begins_U[users_B], ends_U[users_B])
         now_B = found.sequences.times[ends_U[users_B]] if subject.reads_now else None
         places, seen = min(PLACES, subject.items), found.protocol.filter_seen

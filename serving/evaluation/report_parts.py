@@ -200,7 +200,7 @@ class ReportParts:
         text = "Means over the users of a slice with their 95 % interval."
         left = self.report.get("columns_left_out")
         return Table(
-            "Every slice", head, rows, text + (f" Columns with too many values: {', '.join(map(str, left))}." if left else "")
+            "Every slice", head, rows, text + (f" Columns that make no slices: {', '.join(map(str, left))}." if left else "")
         )
 
     def cold(self) -> Table:

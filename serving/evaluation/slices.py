@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recsys.batch import FIRST_ITEM, gather
+from recsys.batch import gather
 from serving.evaluation.judge import Evaluation
 
 if TYPE_CHECKING:
@@ -45,11 +45,8 @@ class Slice:
     """bool; None: a slice of users."""
 
 
-def slices(found: Evaluation, counts_V: Tensor) -> tuple[list[Slice], list[str]]:
-    """All slices that anybody is in, and the user columns that make none since they have too many values.
-
-    `counts_V` are the items' training events.
-    """
+def slices(found: Evaluation) -> tuple[list[Slice], list[str]]:
+    """All slices that anybody is in, and the user columns that make none."""
     sequences, users_U = found.sequences, found.users_U
     begins_U, ends_U, _ = (ends[users_U] for ends in sequences.windows(found.protocol.split))
     asked_U = sequences.times[ends_U]
@@ -61,7 +58,7 @@ def slices(found: Evaluation, counts_V: Tensor) -> tuple[list[Slice], list[str]]
     out += [Slice(activity, name, chosen_U) for name, chosen_U in _bins(recent_U, ACTIVITIES, " events", least=0)]
     columns, left_out = _columns(found)
     out += [Slice(f"user's {by}", name, chosen_U) for by, name, chosen_U in columns]
-    out += [Slice("item popularity", name, None, chosen_P) for name, chosen_P in _popularity(found, counts_V)]
+    out += [Slice("item popularity", name, None, chosen_P) for name, chosen_P in _popularity(found)]
     out += [Slice("item age", name, None, chosen_P) for name, chosen_P in _ages(found, asked_U)]
     return [part for part in out if bool((part.targets_P if part.users_U is None else part.users_U).any())], left_out  # type: ignore[union-attr]
 
@@ -76,13 +73,11 @@ def _bins(values: Tensor, starts: Sequence[int], unit: str, least: int = 1) -> l
     return out
 
 
-def _popularity(found: Evaluation, counts_V: Tensor) -> list[tuple[str, Tensor]]:
-    warm = int((counts_V > 0).sum())
-    head_V = torch.zeros_like(counts_V, dtype=torch.bool)
-    head_V[counts_V.argsort(descending=True, stable=True)[: max(1, round(HEAD * warm))]] = True
-    known_P = found.targets_P < FIRST_ITEM + len(counts_V)
-    lines_P = (found.targets_P - FIRST_ITEM).clamp(max=len(counts_V) - 1)
-    warm_P, head_P = known_P & (counts_V[lines_P] > 0), known_P & head_V[lines_P]
+def _popularity(found: Evaluation) -> list[tuple[str, Tensor]]:
+    counts_R = found.facts.counts_R
+    head_R = torch.zeros_like(counts_R, dtype=torch.bool)
+    head_R[found.facts.rows_D[: max(1, round(HEAD * int((counts_R > 0).sum())))]] = True
+    warm_P, head_P = counts_R[found.targets_P] > 0, head_R[found.targets_P]
     return [
         (f"head: the most popular {100 * HEAD:.0f} % of items", head_P),
         ("tail: the other items with training events", warm_P & ~head_P),
@@ -102,9 +97,7 @@ def _ages(found: Evaluation, asked_U: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _columns(found: Evaluation) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
-    """Slices by the columns of the users' table, and the columns left out."""
-    import polars as pl
-
+    """Slices by the columns of the users' table, and the columns that make none."""
     table = found.dataset.users
     if table is None:
         return [], []
@@ -116,29 +109,29 @@ def _columns(found: Evaluation) -> tuple[list[tuple[str, str, Tensor]], list[str
         if names is None:
             left_out.append(column.name)
             continue
-        for name in sorted(names.drop_nulls().unique(), key=lambda name: _natural(str(name))):
-            out.append((column.name, str(name), torch.tensor((names == name).fill_null(False).to_numpy())))
-        if column.null_count() and len(names.drop_nulls()):
-            out.append((column.name, "not known", torch.tensor(column.is_null().to_numpy())))
-    assert all(isinstance(names, str) for _, names, _ in out)
-    return out, left_out + [name for name, dtype in joined.schema.items() if dtype == pl.Null and name not in left_out]
+        names = names.fill_null("not known")
+        for name in sorted(names.unique(), key=_natural):
+            out.append((column.name, name, torch.tensor((names == name).to_numpy())))
+    return out, left_out
 
 
 def _names(column: pl.Series) -> pl.Series | None:
-    """The slice of each user by a column; None where it has too many values that are no numbers."""
+    """The slice of each user by a column, null where it holds nothing; None where it has too many values, or nothing at all."""
     import polars as pl
 
-    if column.dtype.is_nested():
+    number = column.dtype.is_numeric()
+    words = column.dtype in (pl.String, pl.Boolean, pl.Date) or isinstance(column.dtype, pl.Categorical | pl.Enum)
+    if not (number or words) or column.null_count() == len(column):
         return None
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
     if column.n_unique() <= VALUES + 1:
         return column.cast(pl.String)
-    if not column.dtype.is_numeric():
-        return None
-    edges = [float(edge) for part in (0.25, 0.5, 0.75) if (edge := column.quantile(part)) is not None]
-    low, middle, high = edges
-    labels = [f"up to {low:g}", f"{low:g} to {middle:g}", f"{middle:g} to {high:g}", f"over {high:g}"]
+    edges = [float(edge) for part in (0.25, 0.5, 0.75) if number and (edge := column.quantile(part)) is not None]
     if len({*edges}) < 3:
         return None
+    low, middle, high = (f"{int(edge):,}" if edge.is_integer() else repr(edge) for edge in edges)
+    labels = [f"up to {low}", f"{low} to {middle}", f"{middle} to {high}", f"over {high}"]
     parts = pl.Series(edges).search_sorted(column.cast(pl.Float64).fill_null(0))
     return pl.Series(labels).gather(parts).set(column.is_null(), None)
 
@@ -147,6 +140,6 @@ def _natural(name: str) -> tuple[float, str]:
     """Numbers in their order, also behind words."""
     for start, beside in (("up to ", -0.5), ("over ", 0.5), ("", 0.0)):
         if name.startswith(start):
-            first = name.removeprefix(start).split(" ")[0]
+            first = name.removeprefix(start).split(" ")[0].replace(",", "")
             return (float(first) + beside if first.replace(".", "", 1).isdecimal() else math.inf), name
     raise AssertionError  # every name starts with nothing

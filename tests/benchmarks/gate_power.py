@@ -30,8 +30,7 @@ from recsys.batch import FIRST_ITEM
 from recsys.config import Recipe
 from serving.evaluation.gate import PromotionSettings, decide
 from serving.evaluation.given import GivenLists
-from serving.evaluation.judge import evaluate
-from serving.evaluation.report import Report, _Making
+from serving.evaluation.report import Report, make_report
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,8 +53,7 @@ def report(dataset: Dataset, top_UK: npt.NDArray[np.int64], path: Path) -> Repor
     }
     pl.DataFrame(columns).write_parquet(path)
     subject = GivenLists(path, dataset)
-    about = {"bundle": path.stem, "dataset": {"hash": dataset.manifest["hash"]}, "leaks": {"checked": [], "found": []}}
-    return _Making(evaluate(subject, dataset, ks=(K,), baselines=False), subject, 0).report(about)
+    return make_report(subject, dataset, ks=(K,), checks=(), baselines=False)
 
 
 def repetition(seed: int, users: int, folder: Path) -> dict[str, tuple[bool, list[str], float, float]]:

@@ -35,6 +35,13 @@ def test_a_named_protocol_refuses_other_data_and_says_what_differs(name: str) ->
         protocol_of(ProtocolSettings(name=name), made, "bundle")
 
 
+def test_a_named_protocol_is_of_the_test_and_of_all_items() -> None:
+    for wrong in ({"split": "validation"}, {"candidates": "warm"}):
+        with pytest.raises(RequestError, match="judges the test among all items"):
+            protocol_of(ProtocolSettings(name="P1", **wrong), MADE["P1"], "model")
+    assert protocol_of(ProtocolSettings(split="validation"), MADE["P1"], "model").name == ""
+
+
 def test_the_served_path_needs_a_bundle() -> None:
     with pytest.raises(RequestError, match="not a model"):
         protocol_of(ProtocolSettings(name="P5"), MADE["P5"], "model")

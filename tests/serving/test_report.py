@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import polars as pl
@@ -14,14 +15,15 @@ import torch
 from features.build import build
 from features.dataset import Dataset
 from recsys.config import Recipe, load_recipe
-from recsys.errors import DataError
+from recsys.errors import DataError, RequestError
 from recsys.metrics import METRICS
 from serving.engine import Recommender
 from serving.evaluation.given import GivenLists
 from serving.evaluation.judge import evaluate
 from serving.evaluation.protocol import ProtocolSettings
 from serving.evaluation.report import Report, make_report, wilson
-from tests.serving.conftest import write_run
+from serving.evaluation.slices import _names
+from tests.serving.conftest import write_run, write_shop
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,6 +146,67 @@ def test_shares_of_popularity_groups_add_up(report: Report) -> None:
     )
 
 
+def test_an_older_model_and_a_newer_one_are_judged_by_the_same_targets_in_every_slice(tmp_path: Path) -> None:
+    """The older one does not know the items that came since; cold ones are the data set's, and so are head and tail."""
+    draw = torch.Generator().manual_seed(5)
+    events = [
+        (user, int(item), 86_400 * day + user)
+        for user in range(97)
+        for day, item in enumerate(torch.randint(31 if user < 50 else 67, (11,), generator=draw).tolist())
+    ]
+    table = pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row")
+    (tmp_path / "old").mkdir()
+    table.filter(pl.col("user_id") < 50).write_parquet(tmp_path / "old" / "events.parquet")
+    table.write_parquet(tmp_path / "events.parquet")
+    for place in ("old", "."):
+        build(tmp_path / place, Recipe("shop", {"split": {"cold_one_in": 3}}), tmp_path / place / "dataset")
+    new, old = (Dataset.open(tmp_path / place / "dataset") for place in (".", "old"))
+    reports = []
+    for name, made in (("new", new), ("old", old)):
+        subject = Recommender.load(write_run(tmp_path / f"run {name}", made))
+        reports.append(make_report(subject, new, ks=(10,), checks=[]))
+    told = [[(part["slice"], part["users"]) for part in report.manifest["slices"]] for report in reports]
+    assert told[0] == told[1]
+    cold = [part for part in reports[0].manifest["slices"] if part["slice"].startswith("cold: ")]
+    last = new.events.collect().group_by("user_id", maintain_order=True).agg("item_id")
+    targets = [items[-1] for items in last["item_id"].to_list() if items[-1] not in items[:-1]]
+    unlearnt = new.items.filter(pl.col("events") == 0)["item_id"].to_list()
+    assert cold[0]["users"] == sum(item in unlearnt for item in targets) > 10
+    without = [group for group in reports[0].manifest["popularity"] if group["items"] == "without training events"]
+    assert [group["count"] for group in without] == [len(unlearnt)]
+    assert reports[0].manifest["popularity"][-1]["events"] == 0
+    shown = [round(report.manifest["figures"]["model"]["coverage@10"]["mean"] * len(new.items), 6) for report in reports]
+    assert [count.is_integer() for count in shown] == [True, True]
+
+
+def test_cold_items_alone_are_judged_beside_the_nearest_texts(tmp_path: Path) -> None:
+    data = write_shop(tmp_path / "shop", cold_one_in=3)
+    subject = Recommender.load(write_run(tmp_path / "run", data, scale=1, text="both", similarity="cosine"))
+    found = evaluate(subject, data, ProtocolSettings(candidates="cold"), ks=(10,))
+    assert "mean text" in found.figures
+    assert found.figures["mean text"]["recall@10"] > 0
+    assert found.figures["popularity"]["recall@10"] == 0
+    assert bool(found.cold_P.all())
+
+
+def test_cold_items_alone_where_none_is_cold_is_refused(subject: Recommender, shop: Dataset) -> None:
+    with pytest.raises(RequestError, match="keeps no item cold"):
+        evaluate(subject, shop, ProtocolSettings(candidates="cold"))
+
+
+def test_columns_of_users_that_hold_nothing_or_too_much_make_no_slice() -> None:
+    assert _names(pl.Series([None, None], dtype=pl.String)) is None
+    assert _names(pl.Series([f"zip {place}" for place in range(40)])) is None
+    assert _names(pl.Series([[1], [2]])) is None
+    assert _names(pl.Series([timedelta(days=1)] * 3)) is None
+    seconds = _names(pl.Series([1_700_000_000 + place for place in range(40)]))
+    assert seconds is not None
+    assert seconds.n_unique() == 4
+    ages = _names(pl.Series([float(place) if place % 2 else math.nan for place in range(80)]))
+    assert ages is not None
+    assert (ages.null_count(), ages.n_unique()) == (40, 5)
+
+
 def test_wilsons_interval_by_hand() -> None:
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
@@ -156,6 +219,7 @@ def test_wilsons_interval_by_hand() -> None:
         ({"user_id": [1, 1], "item_id": [2, 3], "rank": [1, 1]}, "two items at one rank"),
         ({"user_id": [1, 1], "item_id": [2, 2], "rank": [1, 2]}, "an item twice"),
         ({"user_id": [1], "item_id": [2], "rank": [0]}, "whole numbers from 1"),
+        ({"user_id": [1], "item_id": [2], "rank": [1], "score": ["high"]}, "score is String"),
         ({"user_id": [9999], "item_id": [2], "rank": [1]}, "1 users are not in the data set, 9999"),
         ({"user_id": [1], "item_id": ["lamp"], "rank": [1]}, "1 items are not in the data set, 'lamp'"),
     ],
