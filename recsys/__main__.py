@@ -116,7 +116,7 @@ def resplit(
     data = Dataset.open(dataset)
     sections = _merge({"split": data.manifest["settings"]["split"]}, settings, SplitSettings)
     with bar("events") as progress:
-        made = split_anew(data, Recipe("resplit", sections).read(SplitSettings), out, progress)
+        made = split_anew(data, Recipe("", sections).read(SplitSettings), out, progress)
     parts = ", ".join(f"{count:,} {part}" for part, count in made.manifest["counts"].items())
     typer.echo(f"{out}: {made.manifest['users']:,} users, events: {parts}")
 
@@ -149,7 +149,7 @@ def leaks(
     made = None if model is None else model / "model" if (model / "model" / MANIFEST).is_file() else model
     manifest = None if made is None else open_directory(made).manifest
     told = {} if manifest is None else {"leaks": manifest["recipe"].get("leaks", {})}
-    chosen = Recipe("leaks", _merge(told, settings, LeakSettings)).read(LeakSettings)
+    chosen = Recipe("", _merge(told, settings, LeakSettings)).read(LeakSettings)
     with bar("events") as progress:
         checks = find_leaks(data, manifest, chosen, split, progress)
     if json:
@@ -255,11 +255,14 @@ def evaluate(
     ],
     dataset: DatasetPath,
     out: Annotated[
-        Path | None, typer.Option(metavar="REPORT", help="Directory of the report to write: page, figures, lists, values by user.")
+        Path | None,
+        typer.Option(metavar="REPORT", help="Directory of the report to write: page, figures, lists, values by user."),
     ] = None,
     protocol: Annotated[str, typer.Option(help="P1, P2, P3, P3-repeats, P4 or P5; else the recipe's [protocol].")] = "",
-    despite_leaks: Annotated[bool, typer.Option("--despite-leaks", help="Judge although leaks are found; the report says so.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the draws that make intervals.")] = 0,
+    despite_leaks: Annotated[
+        bool, typer.Option("--despite-leaks", help="Judge although leaks are found; the report says so.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the draws that make intervals.", min=0)] = 0,
     track: Annotated[bool, typer.Option(help="Record the report in the MLflow run that trained the model.")] = True,
     settings: Overrides = None,
     json: AsJson = False,
@@ -279,8 +282,10 @@ def evaluate(
     from serving.engine import Recommender
     from serving.evaluation.given import GivenLists
     from serving.evaluation.protocol import ProtocolSettings
-    from serving.evaluation.report import make_report
+    from serving.evaluation.report import make_report, require_place
 
+    if out is not None:
+        require_place(out)
     data = Dataset.open(dataset)
     subject = GivenLists(path, data) if path.is_file() else Recommender.load(path)
     manifest = subject.manifest if isinstance(subject, Recommender) else None
@@ -299,7 +304,7 @@ def evaluate(
             data,
             chosen,
             name=path.stem,
-            command=" ".join(["recsys", *sys.argv[1:]]),
+            command=shlex.join(["recsys", *sys.argv[1:]]),
             seed=seed,
             checks=checks,
             progress=partial(progress, "evaluate"),
@@ -348,9 +353,12 @@ def backtest(
         typer.echo(json_module.dumps(found))
         return
     records_table(found["windows"])
-    means = {name: f"{figure['mean']:.4f} ± {figure['deviation'] or 0:.4f}" for name, figure in found["model"].items()}
-    told = ", ".join(f"{name} {mean}" for name, mean in means.items())
-    typer.echo(f"{out}: {told}; the best baseline was beaten in {found['beaten']} of {len(found['windows'])} windows")
+    told = {}
+    for lister in ("model", "best baseline"):
+        spreads = [(name, one["mean"], one["deviation"]) for name, one in found[lister].items()]
+        told[lister] = ", ".join(f"{name} {mean:.4f} ± {'–' if off is None else f'{off:.4f}'}" for name, mean, off in spreads)
+    beaten = f"beaten in {found['beaten']} of {len(found['windows'])} windows"
+    typer.echo(f"{out}: {told['model']}; the best baseline {told['best baseline']}, {beaten}")
 
 
 @app.command()
@@ -981,11 +989,14 @@ def list_bundles(settings: Overrides = None, json: AsJson = False) -> None:
     """
     from recsys.terminal import records_table
 
-    versions = _tracking(settings).versions()
+    tracking = _tracking(settings)
+    versions = tracking.versions()
     if json:
         typer.echo(json_module.dumps(versions))
-    else:
+    elif versions:
         records_table(versions)
+    else:
+        typer.echo(f"no bundle is registered in {tracking.uri if tracking.on else 'MLflow: tracking is off'}")
 
 
 @bundles_app.command("promote")
@@ -1045,7 +1056,11 @@ def rollback_bundle(settings: Overrides = None, json: AsJson = False) -> None:
 
     Example: recsys bundles rollback
     """
-    _tell_champion(int(_tracking(settings).rollback()), json)
+    try:
+        version = int(_tracking(settings).rollback())
+    except SetupError as error:  # it may begin with the registered model's name, which is the command's too
+        raise SetupError(str(error).removeprefix("recsys: ")) from None
+    _tell_champion(version, json)
 
 
 def _tracking(settings: list[str] | None, *others: type[Settings]) -> Tracking:
@@ -1053,7 +1068,7 @@ def _tracking(settings: list[str] | None, *others: type[Settings]) -> Tracking:
     from recsys.config import Recipe
     from recsys.tracking import Tracking, TrackingSettings
 
-    return Tracking(Recipe("bundles", _merge({}, settings, TrackingSettings, *others)).read(TrackingSettings))
+    return Tracking(Recipe("", _merge({}, settings, TrackingSettings, *others)).read(TrackingSettings))
 
 
 def _tell_champion(version: int, json: bool) -> None:

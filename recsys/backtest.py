@@ -21,7 +21,7 @@ from features.split import DAY, SplitSettings
 from recsys import terminal
 from recsys.bundle import write_file
 from recsys.config import Recipe
-from recsys.errors import DataError, RequestError
+from recsys.errors import DataError, RecsysError, RequestError
 from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
 from serving.evaluation.judge import evaluate
@@ -29,6 +29,8 @@ from serving.evaluation.protocol import PROTOCOLS, ProtocolSettings
 from training.run import train
 
 BACKTEST = "backtest.json"
+MARK = ".recsys-backtest"
+"""File by which a folder is known as a back-test's, also before it is finished."""
 METRICS = ("ndcg@10", "recall@10")
 """By the first of them the best baseline is the best."""
 
@@ -76,11 +78,12 @@ def backtest(
     """Split at each window, train by what came before, judge; what is finished is not done again. Returns what
     `out`/backtest.json holds: the windows' figures, and mean and standard deviation over them.
 
-    Raises RecsysError: as `windows_of`, `train` and `evaluate`; LeakError: a window's model has learnt of its targets.
+    Raises RecsysError: `out` holds anything else; as `windows_of`, `train` and `evaluate`; LeakError: a window's model has learnt of its targets.
     """
     split = recipe.read(SplitSettings)
     lines: list[dict[str, Any]] = []
     chosen = windows_of(dataset, windows, days, split.validation_days)
+    _take(out)
     for number, window in enumerate(chosen, 1):
         print(f"window {number} of {windows}: {window.dates['from']} to {window.dates['to']}", file=sys.stderr)
         cut = replace(split, method="global_time", test_start=window.start, test_days=days, holdout_one_in=0)
@@ -98,6 +101,19 @@ def backtest(
     }
     write_file(out / BACKTEST, json.dumps(found, indent=1).encode())
     return found
+
+
+def _take(out: Path) -> None:
+    """Make `out` a back-test's folder, if it is none yet. Raises RecsysError: it holds anything else."""
+    if (out / MARK).is_file():
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecsysError(f"{out}: exists and is no earlier back-test; give another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another folder with --out") from None
 
 
 def _split(dataset: Dataset, split: SplitSettings, place: Path) -> Dataset:

@@ -35,6 +35,7 @@ class Recipe:
     """A named set of sections, not yet given to their owners."""
 
     name: str
+    """As messages tell it; empty where the sections are a verb's settings and no recipe."""
     sections: Mapping[str, Mapping[str, Any]]
 
     def read(self, owner: type[S]) -> S:
@@ -46,7 +47,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(owner)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                raise RecipeError(f"recipe {self.name}: unknown key {owner.section}.{key}{nearest(key, known)}")
+                raise self._refusal(f"unknown key {owner.section}.{key}{nearest(key, known)}")
         import pydantic
 
         try:
@@ -58,7 +59,7 @@ class Recipe:
             first = error.errors()[0]
             where = ".".join(str(part) for part in (owner.section, *first["loc"]))
             found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
-            raise RecipeError(f"recipe {self.name}: {where}: {first['msg']}{found}") from None
+            raise self._refusal(f"{where}: {first['msg'].removeprefix('Value error, ')}{found}") from None
 
     def resolved(self, owners: Iterable[type[Settings]]) -> dict[str, dict[str, Any]]:
         """Every section with every value filled in, as it goes into runs and bundles.
@@ -69,7 +70,7 @@ class Recipe:
         known = [owner.section for owner in owners]
         for section in self.sections:
             if section not in known:
-                raise RecipeError(f"recipe {self.name}: unknown section [{section}]{nearest(section, known)}")
+                raise self._refusal(f"unknown section [{section}]{nearest(section, known)}")
         return {owner.section: self.read(owner).as_dict() for owner in owners}
 
     def toml(self) -> str:
@@ -78,6 +79,9 @@ class Recipe:
             f"[{_key(section)}]\n" + "".join(f"{_key(key)} = {_toml(value)}\n" for key, value in values.items())
             for section, values in self.sections.items()
         )
+
+    def _refusal(self, what: str) -> RecipeError:
+        return RecipeError(f"recipe {self.name}: {what}" if self.name else what)
 
 
 def load_recipe(name_or_path: str, folder: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -135,5 +139,7 @@ def _key(name: str) -> str:
 
 def nearest(word: str, known: list[str]) -> str:
     """The end of a message about an unknown word: the known one that it may mean, else all."""
+    if not known:
+        return "; none is known"
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -320,6 +320,9 @@ def _reports(
         if report.get("bundle") != then["id"] or again.manifest["kind"] != then["kind"] or "protocol" not in report:
             rows.append(Row("figure", name, f"of {report.get('bundle')}", "not of what is reproduced", None))
             continue
+        if report["dataset"]["hash"] != found.manifest["hash"]:
+            rows.append(Row("figure", name, f"of data set {report['dataset']['hash'][:12]}", "not of this data set", None))
+            continue
         said = report["protocol"]
         figures = {name: figure["mean"] for name, figure in report["figures"]["model"].items() if figure["mean"] is not None}
         protocol = ProtocolSettings("", *(said[key] for key in ("split", "targets", "filter_seen", "candidates")))

@@ -178,11 +178,24 @@ class Tracking:
             log(self.run_id, str(path), folder or None)
 
     def report(self, report: Mapping[str, Any], folder: Path | None = None) -> None:
-        """A report: its figures as metrics named by split, and the whole as report_SPLIT.json, or its folder where it has one."""
+        """A report as report_NAME.json, or its folder as report_NAME; its figures as metrics, but for other data and leaks.
+
+        NAME says how it differs from the next: split, targets, candidates, data set, and whether a bundle was judged.
+        """
         if self.on:
-            name = report["protocol"]["split"] + ("" if report["protocol"]["filter_seen"] else "_repeats")
-            figures = report["figures"]["model"].items()
-            self.metrics({f"{name}_{key}": figure["mean"] for key, figure in figures if figure["mean"] is not None})
+            said, own = report["protocol"], self._mlflow().MlflowClient().get_run(self.run_id).data.tags.get("dataset.sha256")
+            name = "_".join(
+                [
+                    said["split"],
+                    *(["repeats"] if not said["filter_seen"] else []),
+                    *(part for part in (said["targets"], said["candidates"]) if part not in ("new", "all")),
+                    *(["bundle"] if report["subject"] == "bundle" else []),
+                    *([f"of_{report['dataset']['hash'][:8]}"] if own not in (None, report["dataset"]["hash"]) else []),
+                ]
+            )
+            if own in (None, report["dataset"]["hash"]) and not report["leaks"]["found"]:
+                figures = report["figures"]["model"].items()
+                self.metrics({f"{name}_{key}": figure["mean"] for key, figure in figures if figure["mean"] is not None})
             if folder is None:
                 self._mlflow().MlflowClient().log_dict(self.run_id, dict(report), f"report_{name}.json")
             else:
@@ -304,7 +317,8 @@ class Tracking:
 
     def versions(self) -> list[dict[str, Any]]:
         """The registered bundles, newest first: version, bundle, aliases, decision, created (UTC), run, source."""
-        if not self.on:
+        store = self.uri.removeprefix("sqlite:///")
+        if not self.on or (store != self.uri and not Path(store).is_file()):  # MLflow would make an empty one there
             return []
         client = self._mlflow().MlflowClient()
         found = client.search_model_versions(f"name = '{self.settings.model}'")

@@ -76,7 +76,7 @@ def test_a_model_of_other_data_is_refused_unless_told_to_judge_despite_it(world,
         (("--protocol", "P1"), "P1 is for data sets with data.source = 'ml-1m' (this has 'files')"),
         (("--protocol", "P9"), "P9"),
         (("--set", "protocol.targets=all"), "filter_seen = false"),
-        (("--set", "protocol.candidates=cold"), "no user with a history and a target"),
+        (("--set", "protocol.candidates=cold"), "keeps no item cold"),
         (("--set", "train.epochs=3"), "this verb reads"),
     ],
 )
@@ -86,6 +86,13 @@ def test_what_cannot_be_judged_is_one_line(words, says, world, run, capsys):
     told = capsys.readouterr().err.splitlines()
     assert says in told[-1]
     assert told[-1].startswith("recsys: ")
+
+
+def test_a_report_takes_no_place_of_anything_else(world, run, capsys):
+    before = {path: path.read_bytes() for path in (world / "run").rglob("*") if path.is_file()}
+    assert run("evaluate", world / "run", "--dataset", world / "dataset", "--out", world / "run") == 2
+    assert "is no report; name another directory" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (world / "run").rglob("*") if path.is_file()} == before
 
 
 def test_a_file_that_is_no_table_of_lists_is_one_line(world, run, tmp_path, capsys):

@@ -113,7 +113,15 @@ def train(
         told = {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")}
         told |= {"events_sha256": dataset.manifest["files"]["events.parquet"]["sha256"]}  # by these a leak is found
         told |= {"learnt_until": dataset.sequences.learnt_until}
-        manifest = {"kind": "model", "name": name, "recipe": recipe, "dataset": told, **learnt.about, "curve": learnt.curve, "clock": clock}
+        manifest = {
+            "kind": "model",
+            "name": name,
+            "recipe": recipe,
+            "dataset": told,
+            **learnt.about,
+            "curve": learnt.curve,
+            "clock": clock,
+        }
         writers: dict[str, Writer] = {ITEMS: partial(shutil.copyfile, dataset.path / ITEMS), **learnt.writers}
         model = publish(out / MODEL, writers, manifest)
         for path in (out / CURVE, out / MODEL / MANIFEST):

@@ -79,6 +79,9 @@ class GivenLists:
         rank = table["rank"]
         if not rank.dtype.is_integer() or rank.null_count() or (len(rank) and int(rank.min()) < 1):  # type: ignore[arg-type]
             raise DataError(f"{path}: rank must be whole numbers from 1; number each list's items from the best on")
+        for name in COLUMNS[:2]:
+            if table[name].dtype.is_nested() or table[name].null_count():
+                raise DataError(f"{path}: {name} must be a number or text in every row; mend the table")
         for pair, what in ((["user_id", "rank"], "two items at one rank"), (["user_id", "item_id"], "an item twice")):
             twice = table.filter(table.select(pair).is_duplicated())
             if len(twice):

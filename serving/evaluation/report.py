@@ -29,7 +29,7 @@ from features.leaks import Check, find_leaks
 from recsys import __version__
 from recsys.batch import FIRST_ITEM, PADDING, gather
 from recsys.bundle import Writer, open_directory, publish
-from recsys.errors import DataError
+from recsys.errors import DataError, RequestError
 from recsys.metrics import METRICS
 from serving.engine import Recommender
 from serving.evaluation.given import GivenLists
@@ -126,6 +126,7 @@ def make_report(
     return _Making(found, subject, seed).report(
         {
             "kind": "report",
+            "subject": manifest.get("kind", "lists"),
             "bundle": found.bundle,
             "version": __version__,
             "name": name or str(manifest.get("name", "")),
@@ -140,6 +141,12 @@ def make_report(
             },
         }
     )
+
+
+def require_place(out: Path) -> None:
+    """Raises RequestError: `out` is there and neither a REPORT nor empty."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise RequestError(f"{out}: exists and is no report; name another directory")
 
 
 def machine() -> str:
@@ -268,8 +275,11 @@ class _Making:
         """The first line: whether the model beats every baseline, by paired tests adjusted for their number."""
         own_U, own = self.columns[f"model: {self.decisive}"].numpy(), self._estimate(f"model: {self.decisive}")
         said = f"{self.decisive.upper()} {written(self.decisive, own)}"
-        model = isinstance(self.subject, Recommender)
-        subject, beats = ("The model does", "The model beats") if model else ("These lists do", "These lists beat")
+        subject, beats, fails, open_ = (
+            ("The model", "beats every baseline", "does NOT beat", "is NOT shown to beat")
+            if isinstance(self.subject, Recommender)
+            else ("These lists", "beat every baseline", "do NOT beat", "are NOT shown to beat")
+        )
         if not self.best:
             return {"verdict": f"No baseline was judged beside the model: {said}.", "beats": None, "mdd": None}
         against = {
@@ -278,12 +288,10 @@ class _Making:
             if kind == "baseline"
         }
         adjusted = holm([test.p for test in against.values()])
-        unbeaten = [
-            name
-            for (name, test), p in zip(against.items(), adjusted, strict=True)
-            if not (p < 1 - LEVEL and test.difference > 0)
-        ]
-        unbeaten.sort(key=lambda name: -against[name].first)
+        beaten = {
+            name for (name, test), p in zip(against.items(), adjusted, strict=True) if p < 1 - LEVEL and test.difference > 0
+        }
+        unbeaten = sorted(against.keys() - beaten, key=lambda name: (-against[name].first, name))
         rival = unbeaten[0] if unbeaten else self.best
         test, theirs = against[rival], written(self.decisive, self._estimate(f"{rival}: {self.decisive}"))
         mean, low, high = (
@@ -291,12 +299,13 @@ class _Making:
             for share in (test.relative, test.relative_low, test.relative_high)
         )
         apart = f"{mean} [{low}, {high}]"
-        beside = f"{said} against {theirs}, {apart} in a paired test over {self.found.users:,} users"
-        if unbeaten:
-            *others, last = unbeaten
-            verdict = f"{subject} NOT beat {' and '.join([', '.join(others), last] if others else [last])}: {beside}."
-        else:
-            verdict = f"{beats} every baseline; the best of them is {rival}: {beside}."
+        beside = f"{said} against {theirs} of {rival}, {apart} in a paired test over {self.found.users:,} users"
+        words = [
+            f"{verb} {_and([name for name in unbeaten if (against[name].difference > 0) == unsure])}"
+            for verb, unsure in ((fails, False), (open_, True))
+            if any((against[name].difference > 0) == unsure for name in unbeaten)
+        ]
+        verdict = f"{subject} {_and(words) or beats}: {beside}."
         best = against[self.best]
         least = minimal_detectable(best.sd, self.found.users, 1 - LEVEL)
         mdd = {
@@ -411,6 +420,11 @@ class _Making:
                 }
             )
         return out
+
+
+def _and(words: Sequence[str]) -> str:
+    *others, last = words or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -21,7 +21,9 @@ HISTORIES = [[0, 1], [0, 1], [2, 3], [2, 3, 0], [4]]  # counts 3 2 2 2 1, and an
 
 
 def counts(items: int, histories: list[list[int]]) -> torch.Tensor:
-    return torch.bincount(torch.tensor(sum(histories, [])) + FIRST_ITEM, minlength=FIRST_ITEM + items)
+    return torch.bincount(
+        torch.tensor([line for history in histories for line in history]) + FIRST_ITEM, minlength=FIRST_ITEM + items
+    )
 
 
 @pytest.fixture
