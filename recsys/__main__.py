@@ -267,7 +267,7 @@ def evaluate(
     settings: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Judge lists over the whole catalogue, beside baselines, each figure with its interval; the first line says what to think of it.
+    """Judge lists over the whole catalogue, beside baselines, with intervals; the first line says what to think of it.
 
     A run or a bundle is judged by the lists that users would see, and each stage of the served path beside it. Lists of another
     program have user_id, item_id and rank. What is known too early ends it with exit code 3: `recsys leaks` tells the rows.
@@ -292,7 +292,7 @@ def evaluate(
     sections = _merge({} if manifest is None else manifest["recipe"], settings, ProtocolSettings, LeakSettings)
     if protocol:
         sections[ProtocolSettings.section] = {**sections.get(ProtocolSettings.section, {}), "name": protocol}
-    recipe = Recipe("evaluate", sections)
+    recipe = Recipe("", sections)
     chosen = recipe.read(ProtocolSettings)
     with bar("events") as progress:
         checks = find_leaks(data, manifest, recipe.read(LeakSettings), chosen.split, progress)
@@ -456,7 +456,7 @@ def reproduce(
     from recsys.terminal import records_table
     from recsys.tracking import TrackingSettings
 
-    uri = Recipe("reproduce", _merge({}, settings, TrackingSettings)).read(TrackingSettings).uri
+    uri = Recipe("", _merge({}, settings, TrackingSettings)).read(TrackingSettings).uri
     found = make_again(run, dataset, data, out, uri)
     if json:
         typer.echo(json_module.dumps(found.as_dict()))
@@ -755,7 +755,7 @@ def nightly(
             next(iter(given.items())),
             {**terms, **lists},
             where or [],
-            lambda sections, *owners: Recipe("nightly", _merge(sections, settings, *owners)),
+            lambda sections, *owners: Recipe("", _merge(sections, settings, *owners)),
             full=full,
             force=force,
             to=to or [],
@@ -841,7 +841,7 @@ def serve(
     from serving.admission import OnlineSettings
     from serving.app import serve as run_server
 
-    chosen = Recipe("serve", _merge({}, settings, OnlineSettings, TrackingSettings))
+    chosen = Recipe("", _merge({}, settings, OnlineSettings, TrackingSettings))
     run_server(
         bundle,
         host,
@@ -921,7 +921,7 @@ def import_histories(
     from serving.admission import OnlineSettings
     from serving.history import import_dataset
 
-    keep = Recipe("history", _merge({}, settings, OnlineSettings)).read(OnlineSettings).keep
+    keep = Recipe("", _merge({}, settings, OnlineSettings)).read(OnlineSettings).keep
     data = Dataset.open(dataset)
     with _store(store, keep) as kept, bar("users") as progress:
         counts = import_dataset(kept, data, partial(progress, "import"))
@@ -1017,8 +1017,12 @@ def promote_bundle(
     Example: recsys bundles promote 7 --dataset datasets/ml-1m
     """
     if dataset is None:
+        if out is not None:
+            raise RequestError("--out is for what is judged on a --dataset; give both or neither")
         tracking = _tracking(settings)
         before = tracking.champion()
+        if before == str(version):
+            raise RequestError(f"version {version} is champion already; give the version that is to replace it")
         tracking.promote(str(version))
         tracking.decided(str(version), {"decision": "by hand", "reason": "", "against": before})
         _tell_champion(version, json)
@@ -1034,7 +1038,7 @@ def promote_bundle(
             tracking,
             str(version),
             dataset,
-            lambda recipe: Recipe("promote", _merge(recipe, settings, *OWNERS, TrackingSettings)),
+            lambda recipe: Recipe("", _merge(recipe, settings, *OWNERS, TrackingSettings)),
             out,
             shlex.join(["recsys", *sys.argv[1:]]),
             progress,

@@ -78,7 +78,8 @@ def backtest(
     """Split at each window, train by what came before, judge; what is finished is not done again. Returns what
     `out`/backtest.json holds: the windows' figures, and mean and standard deviation over them.
 
-    Raises RecsysError: `out` holds anything else; as `windows_of`, `train` and `evaluate`; LeakError: a window's model has learnt of its targets.
+    Raises RecsysError: `out` holds anything else; as `windows_of`, `train` and `evaluate`. LeakError: a window's model has
+    learnt of its targets.
     """
     split = recipe.read(SplitSettings)
     lines: list[dict[str, Any]] = []

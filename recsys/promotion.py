@@ -15,6 +15,7 @@ import torch
 
 from features.dataset import Dataset
 from features.leaks import LeakSettings, find_leaks
+from recsys.bundle import replace_directory
 from recsys.config import Recipe, Settings
 from recsys.errors import RequestError, SetupError
 from recsys.tracking import Tracking
@@ -27,6 +28,8 @@ from serving.live import RegistrySource
 
 OWNERS: tuple[type[Settings], ...] = (PromotionSettings, ProtocolSettings, LeakSettings)
 """Sections of the challenger's recipe that decide."""
+DECISION = "decision.json"
+"""In the folder of a promotion: what was decided, and the mark of such a folder."""
 
 Merge = Callable[[dict[str, dict[str, Any]]], Recipe]
 """Merges sections with the command's settings."""
@@ -66,9 +69,13 @@ def promote(
     """Judge a version and the champion on a data set, decide by the rules of the version's recipe, record it, and promote it if
     they hold.
 
-    Reports, the comparison and the decision go to the version's MLflow run and, if given, to `out`.
-    Raises RequestError: the version is champion. SetupError: no such version, or another one became champion meanwhile.
+    Reports, the comparison and the decision go to the version's MLflow run and then, if given, to `out`, in the place of an
+    earlier promotion's.
+    Raises RequestError: the version is champion, or `out` holds something else. SetupError: no such version, or another one
+    became champion meanwhile.
     """
+    if out is not None and out.exists() and not (out / DECISION).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there and is no earlier promotion's folder ({DECISION}); give another --out")
     version = tracking.resolve(version)[0]
     against = tracking.champion()
     if version == against:
@@ -78,7 +85,10 @@ def promote(
     recipe = merge(recommenders[0].manifest["recipe"])
     rules, protocol = recipe.read(PromotionSettings), recipe.read(ProtocolSettings)
     with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "promotion"
+        beside = out.absolute().parent if out else None
+        if beside:
+            beside.mkdir(parents=True, exist_ok=True)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=".promotion."))) / "promotion"
         reports = []
         for number, recommender in zip(numbers, recommenders, strict=True):
             what = f"version {number}"
@@ -98,8 +108,10 @@ def promote(
         if decision.comparison:
             compare.write(promotion.as_dict(), folder / "comparison")
         told = {**promotion.as_dict()["decision"], "version": int(version), "settings": rules.as_dict()}
-        (folder / "decision.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / DECISION).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         _record(tracking, promotion, reports[0].manifest["figures"]["model"], rules, folder)
+        if out:
+            replace_directory(folder, out.absolute())
     return promotion
 
 
@@ -127,4 +139,4 @@ def _record(
                 f"{promotion.against or 'none'}; promote it again"
             )
         tracking.promote(promotion.version)
-    tracking.decided(promotion.version, {"decision": "promoted" if decision.promote else "refused"})
+    tracking.decided(promotion.version, {"decision": "promoted" if decision.promote else "refused"}, more=True)

@@ -204,23 +204,29 @@ def frontier_table(found: Mapping[str, Any]) -> None:
 
 
 def comparison_tables(found: Mapping[str, Any]) -> None:
-    """What two reports say of each other: the verdict, the metrics at the deciding k, the slices, and what to mind."""
-    k = found["decisive"].partition("@")[2]
-    names = found["a"]["name"], found["b"]["name"]
+    """What two reports say of each other: the verdict, the metrics at the deciding k, the slices, and what to mind.
 
-    def line(head: Mapping[str, Any], part: Mapping[str, Any], p: str) -> dict[str, str]:
-        share, ends = part["relative"]["mean"], (part["difference"]["low"], part["difference"]["high"])
-        sides = {names[0]: f"{part['a']:.4f}", names[1]: f"{part['b']:.4f}"}
-        interval = "–" if None in ends else f"[{ends[0]:+.4f}, {ends[1]:+.4f}]"
-        apart = {"difference": f"{part['difference']['mean']:+.4f}", f"{found['level']:.0%} interval": interval}
-        return {**head, **sides, **apart, "relative": "–" if share is None else f"{share:+.1%}", p: f"{part[p]:.3f}"}
+    Tables and numbers are the page's, with the sides' names for A and B.
+    """
+    import re
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from serving.evaluation.comparison_parts import ComparisonParts
 
     print(found["verdict"])
-    metrics = [part for part in found["metrics"] if part["metric"].endswith(f"@{k}")]
-    records_table([line({"metric": part["metric"]}, part, "p") for part in metrics])
-    slices = [({"slice": f"{part['by']}: {part['slice']}", "users": part["users"]}, part) for part in found["slices"]]
-    if slices:
-        records_table([line(head, part, "p_adjusted") for head, part in slices], title=f"{found['decisive']} by slice")
+    parts = ComparisonParts(found)
+    sides = dict(zip("AB", parts.names, strict=True))
+    for part in (next(iter(parts.tables())), parts.slice_table()):
+        table = Table(title=part.title)
+        for place, name in enumerate(part.head):
+            named = re.sub(r"\b[AB]\b", lambda side: sides[side[0]], name)
+            table.add_column(escape(named), justify="right" if place else "left")
+        for row in part.rows:
+            table.add_row(*map(escape, row))
+        if part.rows:
+            _show(table)
     for note in (*found["notes"], f"{found['won']:,} users won, {found['lost']:,} lost, {found['equal']:,} equal"):
         print(note)
 

@@ -246,15 +246,19 @@ class Tracking:
             there = self._registry().search_registered_models(filter_string=f"name = '{name}'")
             return self._line_of(CHAMPION)[0] if there else ""
 
-    def decided(self, version: str, tags: Mapping[str, str], evidence: Path | None = None) -> None:
+    def decided(self, version: str, tags: Mapping[str, str], evidence: Path | None = None, more: bool = False) -> None:
         """Write what was decided of a version on it, as tags `promotion.…`, and the files of `evidence` to its run.
 
-        MLflow's names have no @: `ndcg@10` is `ndcg_at_10`. Raises SetupError: no such version.
+        The tags of an earlier decision go, unless this is `more` of the same. MLflow's names have no @: `ndcg@10` is
+        `ndcg_at_10`. Raises SetupError: no such version.
         """
         client, name = self._registry(), self.settings.model
         with self._answering(f"version {version} of model {name}"):
             if evidence is not None:
                 client.log_artifacts(client.get_model_version(name, version).run_id, str(evidence), f"promotion/{version}")
+            for tag in () if more else client.get_model_version(name, version).tags:
+                if tag.startswith("promotion."):
+                    client.delete_model_version_tag(name, version, tag)
             for tag, text in tags.items():
                 client.set_model_version_tag(name, version, f"promotion.{tag.replace('@', '_at_')}", text)
 

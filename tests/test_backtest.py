@@ -79,6 +79,31 @@ def test_what_is_finished_is_not_done_again_and_what_is_lost_is(
     assert read(out) == read(tested)
 
 
+def test_a_folder_of_anything_else_is_refused_before_any_work(
+    world: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(world / "run", tmp_path / "run")
+    before = sorted(out.rglob("*"))
+    capsys.readouterr()
+    assert run(*words(world, out)) == 2
+    assert capsys.readouterr().err == f"recsys: {out}: exists and is no earlier back-test; give another folder with --out\n"
+    assert sorted(out.rglob("*")) == before
+
+
+def test_one_window_has_a_mean_and_no_deviation(
+    world: Path, run: Run, tested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(tested, tmp_path / "out")
+    capsys.readouterr()
+    assert run(*[word for word in words(world, out, "--windows", 1) if word != "--json"]) == 0
+    last, found = capsys.readouterr().out.splitlines()[-1], read(out)
+    sides = [
+        ", ".join(f"{name} {found[lister][name]['mean']:.4f} ± –" for name in METRICS) for lister in ("model", "best baseline")
+    ]
+    assert last == f"{out}: {sides[0]}; the best baseline {sides[1]}, beaten in {found['beaten']} of 1 windows"
+    assert [found[lister][name]["deviation"] for lister in ("model", "best baseline") for name in METRICS] == [None] * 4
+
+
 def test_windows_that_reach_behind_the_data_are_refused(world: Path) -> None:
     data = Dataset.open(world / "dataset")
     with pytest.raises(DataError, match=r"100 windows of 14 days and 14 of validation take 1414 days, its events \d+"):

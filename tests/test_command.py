@@ -12,6 +12,7 @@ import pytest
 
 from recsys import __main__ as command
 from recsys.terminal import records_table
+from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
 
 
@@ -148,6 +149,46 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake, says, world, run, 
     assert len(lines) == 1
     assert says in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["resplit", "--out", "out", "--set", "split.validation_days=-1"], "split: "),
+        (["resplit", "--out", "out", "--set", "split.metod=global_time"], "unknown key split.metod; did you mean method?"),
+        (["leaks", "--set", "leaks.released=nope"], "leaks.released: no attribute 'nope'; none is known; data."),
+        (["leaks", "--set", "leaks.released=3"], "leaks.released: "),
+    ],
+    ids=str,
+)
+def test_what_a_verbs_own_setting_must_be_is_told_without_a_recipe(words, says, world, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run(words[0], world / "dataset", *words[1:]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("recsys: ")]
+    assert line.startswith(f"recsys: {says}")
+    assert "Value error" not in line
+
+
+def test_a_registry_without_bundles_is_told_and_none_is_made(run, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/none.db"
+    for where, says in ((uri, uri), ("off", "MLflow: tracking is off")):
+        assert run("bundles", "list", "--set", f"tracking.uri={where}") == 0
+        assert capsys.readouterr().out == f"no bundle is registered in {says}\n"
+        assert run("bundles", "list", "--set", f"tracking.uri={where}", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rollback_to_nothing_is_told_with_one_prefix(run, tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = Tracking(TrackingSettings(uri=uri))
+    (tmp_path / "bundle").mkdir()
+    with tracking.run("first"):
+        tracking.register(tmp_path / "bundle", "one")
+    capsys.readouterr()
+    assert run("bundles", "rollback", "--set", f"tracking.uri={uri}") == 2
+    assert capsys.readouterr().err.startswith("recsys: nothing to roll back to, no version was champion before 1;")
 
 
 def test_a_report_that_cannot_be_recorded_is_still_given(world, run, tmp_path, capsys):

@@ -27,8 +27,8 @@ POWER = 0.8
 """Chance with which the minimal detectable difference is found."""
 MODEL = "model"
 """The lister of a report that is compared."""
-TOLD = ("text", "request_time")
-"""What a report says of its protocol that may differ: how it is put, and what a model was told."""
+TOLD = ("name", "text", "request_time")
+"""What a report says of its protocol that may differ: what it is called, how it is put, and what a model was told."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Comparison:
     slices: Sequence[SlicePaired]
     """By the deciding metric."""
     notes: Sequence[str]
+    leaks: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """Checks of either side's reports that found leaks."""
 
     @property
     def found(self) -> Paired:
@@ -86,8 +88,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In one sentence."""
+        """In one sentence; before it one of leaks, where any were found."""
+        sides = [f"{name} ({', '.join(found)})" for name, found in zip(self.names, self.leaks, strict=True) if found]
+        warning = f"Leaks were found in {' and '.join(sides)}: the figures decide nothing. " if sides else ""
+        return warning + self._difference()
+
+    def _difference(self) -> str:
         told, (a, b) = self.found, self.names
+        if told.users < 2:
+            both = f"{numbers.count(told.users, 'users')} with a figure on both sides"
+            return f"{a} and {b} cannot be compared by {numbers.known(self.metric)[1]}: {both}"
         figures = f"{in_words(self.metric, told)} over {numbers.count(told.users, 'users')}"
         if self.better is not None:
             return f"{b} is {'better' if self.better == 'b' else 'worse'} than {a}: {figures}"
@@ -120,6 +130,7 @@ class Comparison:
             "lists": [{"metric": name, "a": a, "b": b, "difference": b - a} for name, (a, b) in self.lists.items()],
             "slices": [part.as_dict() for part in self.slices],
             "notes": list(self.notes),
+            "leaks": {side: list(found) for side, found in zip(("a", "b"), self.leaks, strict=True)},
         }
 
 
@@ -177,6 +188,7 @@ def compare(
             for (part, found), p in zip(parts, adjusted, strict=True)
         ],
         _notes(first, second, names, metric, bool(parts)),
+        (_leaks(first), _leaks(second)),
     )
 
 
@@ -241,6 +253,10 @@ def _mean(figures: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def _number(figure: Any) -> bool:
     return isinstance(figure, Mapping) and isinstance(figure.get("mean"), int | float)
+
+
+def _leaks(side: Sequence[Report]) -> list[str]:
+    return sorted({name for report in side for name in report.manifest["leaks"]["found"]})
 
 
 def _notes(first: Sequence[Report], second: Sequence[Report], names: tuple[str, str], metric: str, sliced: bool) -> list[str]:

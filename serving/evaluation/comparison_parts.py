@@ -41,6 +41,8 @@ class ComparisonParts:
         """Colour and word of the first line: the decision's, else the comparison's."""
         if self.decision:
             return ("green", "Promoted") if self.decision.get("promote") else ("red", "Refused")
+        if any(self.comparison.get("leaks", {}).values()):
+            return "red", "Leaks found"
         return {"a": ("red", "Worse"), "b": ("green", "Better")}.get(
             str(self.comparison.get("better")), ("amber", "No difference shown")
         )

@@ -19,6 +19,9 @@ from serving.evaluation.report import Report
 from serving.evaluation.statistics import holm, known, paired
 from serving.export import spread
 
+BEATS = "beats "
+"""Before a baseline: the name of the rule that it is beaten."""
+
 
 @dataclass(frozen=True)
 class PromotionSettings(Settings):
@@ -104,8 +107,12 @@ class Decision:
     @property
     def reason(self) -> str:
         """The rules that do not hold, or the first one that does."""
-        broken = [rule.text for rule in self.rules if not rule.holds]
-        return "; ".join(broken) or f"all {len(self.rules)} rules hold: {self.rules[0].text}"
+        broken = [rule for rule in self.rules if not rule.holds]
+        told = broken or self.rules[:1]
+        start = "" if broken else f"all {len(self.rules)} rules hold: "
+        first = any(rule.name.startswith(BEATS) for rule in told)
+        end = "; without a champion every baseline must be beaten" if first else ""
+        return start + "; ".join(rule.text for rule in told) + end
 
     def as_dict(self) -> dict[str, Any]:
         return {"promote": self.promote, "reason": self.reason, "rules": [rule.as_dict() for rule in self.rules]}
@@ -120,22 +127,17 @@ def decide(
 ) -> Decision:
     """Judge a challenger against the champion by every rule, or, where there is none, against every baseline of its report.
 
-    A rule of costs that are not known is left out. `names` are the champion's and the challenger's.
+    A rule of costs that are not known is left out; another one that cannot be judged does not hold. `names` are the
+    champion's and the challenger's.
     Raises RequestError: as `compare`, or the report has no such metric.
     """
     costs = costs or Costs()
     if champion is None:
         return Decision([*_baselines(settings, challenger), _leaks([challenger]), *_costs(settings, costs)], None)
     comparison = compare([champion], [challenger], names, settings.metric, settings.level)
-    rules = [_gain(settings, comparison), _slices(settings, comparison)]
-    name = f"coverage@{settings.k}"
-    if settings.coverage and name in comparison.lists:
-        before, now = comparison.lists[name]
-        share = now / before if before else math.inf
-        text = f"coverage@{settings.k} {numbers.percent(now)} against {numbers.percent(before)}"
-        rules.append(
-            _least("coverage", share, settings.coverage, f"{text}, × {share:.2f}, at least × {settings.coverage:g} is wanted")
-        )
+    rules = [_gain(settings, comparison), _slices(settings, comparison, _left_out(settings, [champion, challenger]))]
+    if settings.coverage:
+        rules.append(_coverage(settings, comparison))
     return Decision([*rules, _leaks([champion, challenger]), *_costs(settings, costs)], comparison)
 
 
@@ -148,7 +150,32 @@ def _gain(settings: PromotionSettings, comparison: Comparison) -> Rule:
     return Rule("gain", found.relative_low, limit, holds, f"{in_words(comparison.metric, found)}; {wanted}")
 
 
-def _slices(settings: PromotionSettings, comparison: Comparison) -> Rule:
+def _coverage(settings: PromotionSettings, comparison: Comparison) -> Rule:
+    """The lists' coverage at the metric's k is at least a share of the champion's."""
+    name, limit = f"coverage@{settings.k}", settings.coverage
+    if name not in comparison.lists:
+        word, ks = settings.metric.partition("@")[0], [key.partition("@")[2] for key in comparison.lists if "coverage@" in key]
+        other = f"set promotion.metric={word}@{ks[0]}, or " if ks else "set "
+        text = f"{name} was not measured; {other}promotion.coverage=0 for no such rule"
+        return Rule("coverage", math.nan, limit, False, text)
+    before, now = comparison.lists[name]
+    share = now / before if before else math.inf
+    text = f"{name} {numbers.percent(now)} against {numbers.percent(before)}, × {share:.2f}, at least × {limit:g} is wanted"
+    return _least("coverage", share, limit, text)
+
+
+def _left_out(settings: PromotionSettings, reports: Sequence[Report]) -> str:
+    """What the rule of slices does not judge, in words: those of targets, where the reports have them by other metrics."""
+    ends = tuple(f" | {part['by']}: {part['slice']}" for part in reports[0].manifest["slices"] if part["of"] == "targets")
+    start = f"{MODEL}: "
+    columns = [name for name in reports[0].users.columns if name.startswith(start) and name.endswith(ends)]
+    judged = {name.removeprefix(start).partition(" | ")[0] for name in columns if name in reports[1].users.columns}
+    if not ends or settings.metric in judged:
+        return ""
+    return f"; slices of targets are judged by {' and '.join(sorted(judged)) or 'no metric'} alone"
+
+
+def _slices(settings: PromotionSettings, comparison: Comparison, left_out: str) -> Rule:
     """No slice is down by more than the drop where its being down is shown; p values are adjusted for the judged slices."""
     judged = [part for part in comparison.slices if part.found.users >= settings.slice_users]
     adjusted = holm([part.found.p for part in judged])
@@ -157,7 +184,7 @@ def _slices(settings: PromotionSettings, comparison: Comparison) -> Rule:
         for part, p in zip(judged, adjusted, strict=True)
         if part.found.relative < -settings.slice_drop and p < 1 - settings.level
     ]
-    limit = f"{numbers.percent(settings.slice_drop)} is allowed"
+    limit = f"{numbers.percent(settings.slice_drop)} is allowed{left_out}"
     changes = [part.found.relative for part, _ in down] or [
         part.found.relative for part in judged if math.isfinite(part.found.relative)
     ]
@@ -180,8 +207,8 @@ def _baselines(settings: PromotionSettings, report: Report) -> list[Rule]:
         if f"{name}: {settings.metric}" not in report.users.columns:
             raise RequestError(f"the report has no {settings.metric!r} of each user; choose another promotion.metric")
         found = paired(report.values(name, settings.metric), report.values(MODEL, settings.metric), settings.level)
-        text = f"against {name} {in_words(settings.metric, found)}; there is no champion, and every baseline must be beaten"
-        rules.append(Rule(f"beats {name}", found.low, 0.0, found.low > 0, text))
+        text = f"against {name} {in_words(settings.metric, found)}"
+        rules.append(Rule(f"{BEATS}{name}", found.low, 0.0, found.low > 0, text))
     return rules or [Rule("baselines", 0, 1, False, "there is no champion, and the report has no baseline to beat")]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from serving.evaluation.comparison_parts import ComparisonParts
-from serving.evaluation.numbers import METRICS
+from serving.evaluation.numbers import METRICS, finite
 from serving.evaluation.report_parts import ReportParts
 
 
@@ -35,6 +35,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         examples=parts.examples(),
         leaks=parts.leaks(),
         command=report.get("command"),
+        level=finite(report.get("level")) or 0.95,
     )
 
 
@@ -55,6 +56,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         slices=parts.slices(),
         slice_table=parts.slice_table(),
         notes=[str(note) for note in comparison.get("notes") or []],
+        level=parts.level,
     )
 
 

@@ -29,6 +29,8 @@ AGES = (30, 180)
 """Days at which a slice of item ages begins."""
 HEAD = 0.2
 """Share of the items with training events that are the head, most popular first; the others are the tail."""
+FEWEST = 20
+"""Users of a value of a column; those of rarer values are a slice together."""
 VALUES = 24
 """Values of a user column, at most, of which each is a slice; of a column of more numbers the quarters are."""
 
@@ -126,7 +128,9 @@ def _names(column: pl.Series) -> pl.Series | None:
     if column.dtype.is_float():
         column = column.fill_nan(None)
     if column.n_unique() <= VALUES + 1:
-        return column.cast(pl.String)
+        names = column.cast(pl.String)
+        few = [name for name, count in names.drop_nulls().value_counts().rows() if count < FEWEST]
+        return names.set(names.is_in(few).fill_null(False), "other values") if len(few) > 1 else names
     edges = [float(edge) for part in (0.25, 0.5, 0.75) if number and (edge := column.quantile(part)) is not None]
     if len({*edges}) < 3:
         return None

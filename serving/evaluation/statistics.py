@@ -101,7 +101,7 @@ class Paired:
                 "low": known(self.relative_low),
                 "high": known(self.relative_high),
             },
-            "p": known(self.p),
+            "p": known(self.p) if self.users > 1 else None,
             "users": self.users,
         }
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.config import Recipe, Settings, load_recipe
+from recsys.config import Recipe, Settings, load_recipe, nearest
 from recsys.errors import RecipeError
 
 
@@ -151,7 +151,24 @@ def test_a_wrong_entry_of_a_list_is_refused_with_its_place(write):
 
 
 def test_a_value_out_of_range_is_refused_in_its_owners_words(write):
-    assert refusal(write("[kitchen]\ncooks = 0")).endswith("cooks must be at least 1, found 0")
+    assert refusal(write("[kitchen]\ncooks = 0")) == "recipe dinner: kitchen: cooks must be at least 1, found 0"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"cooks": 0}, "kitchen: cooks must be at least 1, found 0"),
+        ({"coks": 5}, "unknown key kitchen.coks; did you mean cooks?"),
+    ],
+)
+def test_settings_that_are_no_recipes_are_refused_without_one(values, says):
+    with pytest.raises(RecipeError) as refused:
+        Recipe("", {"kitchen": values}).read(KitchenSettings)
+    assert str(refused.value) == says
+
+
+def test_where_nothing_is_known_a_message_says_so():
+    assert nearest("nope", []) == "; none is known"
 
 
 @pytest.mark.parametrize("text", ["kitchen", "kitchen.cooks", "cooks=3", "kitchen.=3", "=3", ""])

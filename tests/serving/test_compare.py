@@ -8,8 +8,10 @@ import pytest
 
 from features.dataset import Dataset
 from recsys.errors import RequestError
+from recsys.terminal import comparison_tables
 from serving.engine import Recommender
 from serving.evaluation.compare import compare, reports_of
+from serving.evaluation.page import comparison_page
 from serving.evaluation.report import make_report
 from serving.evaluation.statistics import holm, paired
 from tests.conftest import _run as command
@@ -51,6 +53,42 @@ def test_the_verdict_says_in_words_what_was_found():
     assert "would have been found 4 times of 5" in hidden.verdict
     assert hidden.detectable == pytest.approx(2.8016 * hidden.found.error, rel=1e-4)
     assert compare([first], [first]).verdict.startswith("A and B do not differ: NDCG@10 .0000")
+
+
+def test_leaks_of_either_side_begin_the_verdict_and_redden_the_page():
+    first = made({f"model: {METRIC}": BEFORE}, "one")
+    leaky = [made({f"model: {METRIC}": AFTER}, bundle, leaks=found) for bundle, found in (("2", ["model"]), ("3", ["days"]))]
+    found = compare([first], leaky, ("old", "new"))
+    assert found.verdict.startswith(
+        "Leaks were found in new (days, model): the figures decide nothing. new is better than old: "
+    )
+    told = found.as_dict()
+    assert told["leaks"] == {"a": [], "b": ["days", "model"]}
+    page = comparison_page(told)
+    assert 'class="verdict red"' in page and "Leaks found" in page
+    assert compare(leaky[:1], leaky[1:]).verdict.startswith("Leaks were found in A (model) and B (days): ")
+    clean = compare([first], [other()])
+    assert "Leaks" not in clean.verdict and 'class="verdict green"' in comparison_page(clean.as_dict())
+
+
+def test_what_cannot_be_compared_is_null_and_a_dash(capsys):
+    half = np.where(np.arange(USERS) < 211, BEFORE, np.nan)
+    rest = np.where(np.arange(USERS) < 211, np.nan, AFTER)
+    columns = [{f"model: {METRIC}": values, "model: recall@10": some} for values, some in ((BEFORE, half), (AFTER, rest))]
+    sides = [made(each, str(number)) for number, each in enumerate(columns)]
+    found = compare([sides[0]], [sides[1]], ("old", "new"), level=0.98)
+    told = found.as_dict()
+    (recall,) = [part for part in told["metrics"] if part["metric"] == "recall@10"]
+    assert (recall["p"], recall["a"], recall["difference"]["mean"], recall["users"]) == (None, None, None, 0)
+    comparison_tables(told)
+    shown = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ")
+    (line,) = [line for line in shown.splitlines() if "Recall@10" in line]
+    assert line.count("–") == 5
+    assert "98 % interval" in shown and "< .001" in shown and "0." not in shown.split("Metric")[1].split("NDCG@10 decides")[0]
+    nothing = compare([sides[0]], [sides[1]], metric="recall@10")
+    assert nothing.verdict == "A and B cannot be compared by Recall@10: 0\N{NO-BREAK SPACE}users with a figure on both sides"
+    assert nothing.better is None
+    json.dumps(nothing.as_dict(), allow_nan=False)
 
 
 def test_slices_are_compared_alone_and_their_p_values_adjusted():
@@ -126,6 +164,19 @@ def test_a_bundle_is_no_seed_of_itself_and_an_unknown_metric_is_refused():
         compare([first], [second, second])
     with pytest.raises(RequestError, match="no 'ndcg@50' of each user; give one of ndcg@10"):
         compare([first], [second], metric="ndcg@50")
+
+
+def test_a_protocol_s_name_does_not_matter_where_its_settings_are_the_same():
+    named = other(protocol={**PROTOCOL, "name": "P5"})
+    assert compare([made({f"model: {METRIC}": BEFORE}, "one")], [named]).better == "b"
+
+
+def test_the_page_says_the_level_of_its_intervals():
+    said = {
+        level: comparison_page(compare([made({f"model: {METRIC}": BEFORE}, "one")], [other()], level=level).as_dict())
+        for level in (0.95, 0.98)
+    }
+    assert all(f"{100 * level:g} times of 100" in page for level, page in said.items())
 
 
 def test_what_a_model_was_told_may_differ_and_is_noted():

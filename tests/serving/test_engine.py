@@ -147,7 +147,7 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
     assert early != late
     assert recommender.answer([1, 2], K, times=[10, 500])["items"], "the clock is asked"
     report = evaluate(recommender, dataset, ProtocolSettings(split="validation"), ks=(K,), baselines=False)
-    assert report.as_dict()["request_time"] is True
+    assert report.request_time is True
     sequences = dataset.sequences
     begins, ends, targets = sequences.windows("validation")
     user = int(((ends > begins) & (targets > ends)).nonzero()[0])

@@ -15,6 +15,7 @@ from recsys.errors import RecipeError, RequestError
 from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
 from serving.evaluation.gate import Costs, PromotionSettings, costs_of, decide
+from serving.evaluation.page import comparison_page
 from serving.export import export
 from serving.index import IndexSettings
 from tests.conftest import _run as command
@@ -125,6 +126,43 @@ def test_each_bound_refuses_beyond_it_alone_and_is_none_at_zero(name, costs, cov
     assert decide(rules, within, CHAMPION, Costs([199, 100], [1.0, 1.0])).promote
 
 
+def test_a_coverage_that_was_not_measured_does_not_hold_and_says_what_to_do():
+    columns = {f"model: {METRIC}": BEFORE, "model: ndcg@20": BEFORE}
+    after = {name: changed(BEFORE, 0.05, 2) for name in columns}
+    rules, sides = replace(RULES, metric="ndcg@20"), (made(after, "challenger"), made(columns, "champion"))
+    decision = decide(rules, *sides)
+    assert broken(decision) == ["coverage"]
+    assert decision.reason == (
+        "coverage@20 was not measured; set promotion.metric=ndcg@10, or promotion.coverage=0 for no such rule"
+    )
+    json.dumps(decision.as_dict(), allow_nan=False)
+    assert decide(replace(rules, coverage=0.0), *sides).promote
+
+
+def test_slices_of_targets_that_the_metric_does_not_judge_are_told():
+    slices = [{"by": "item popularity", "slice": "tail", "of": "targets"}]
+    names = (METRIC, "ndcg@20", f"{METRIC} | item popularity: tail", "recall@10 | item popularity: tail")
+    gains = (0.05, 0.05, -0.2, -0.2)
+    sides = [
+        made(
+            {f"model: {name}": changed(BEFORE, gain * side, 2) for name, gain in zip(names, gains, strict=True)},
+            str(side),
+            slices,
+        )
+        for side in (1, 0)
+    ]
+    assert broken(decide(RULES, *sides)) == ["slices"] and "alone" not in decide(RULES, *sides).reason
+    other = decide(replace(RULES, metric="ndcg@20", coverage=0.0), *sides)
+    assert other.promote
+    assert other.rules[1].text.endswith("slices of targets are judged by ndcg@10 and recall@10 alone")
+
+
+def test_a_decision_s_page_begins_with_a_capital():
+    decision = decide(RULES, challenger(changed(BEFORE, 0.05, 2)), CHAMPION)
+    page = comparison_page({**decision.comparison.as_dict(), "decision": decision.as_dict()})
+    assert "<h1>All 4 rules hold: NDCG@10" in page
+
+
 def test_figures_with_leaks_decide_nothing():
     after = challenger(changed(BEFORE, 0.05, 2), leaks=["order of events"])
     assert broken(decide(RULES, after, CHAMPION)) == ["leaks"]
@@ -142,6 +180,9 @@ def test_without_a_champion_every_baseline_must_be_beaten():
     assert first.promote and [rule.name for rule in first.rules] == ["beats popularity", "beats EASE", "leaks"]
     beaten = decide(RULES, made(columns | {f"EASE: {METRIC}": changed(BEFORE, 0.3, 3)}, listers=listers), None)
     assert broken(beaten) == ["beats EASE"] and beaten.reason.startswith("against EASE NDCG@10")
+    worse = decide(RULES, made(columns | {f"model: {METRIC}": BEFORE / 9}, listers=listers), None)
+    assert broken(worse) == ["beats popularity", "beats EASE"]
+    assert worse.reason.count("every baseline must be beaten") == 1
     assert broken(decide(RULES, made(columns), None)) == ["baselines"]
     with pytest.raises(RequestError, match="no 'ndcg@50' of each user"):
         decide(replace(RULES, metric="ndcg@50"), made(columns, listers=listers), None)
@@ -230,6 +271,9 @@ def kept(registry, version):
 
 
 def test_the_command_promotes_a_better_bundle_and_keeps_the_evidence(registry, shop, tmp_path, capsys):
+    (tmp_path / "out" / "version-7").mkdir(parents=True)
+    (tmp_path / "out" / "decision.json").write_text("{}")
+    Tracking(registry).decided("2", {"decision": "by hand", "recall@7": "0.5"})
     capsys.readouterr()
     words = ("bundles", "promote", 2, "--dataset", shop.path, *where(registry), "--out", tmp_path / "out")
     assert command(*words, "--set", "promotion.slice_users=1000", "--set", "promotion.latency=100", "--json") == 0
@@ -238,6 +282,9 @@ def test_the_command_promotes_a_better_bundle_and_keeps_the_evidence(registry, s
     assert Tracking(registry).champion() == "2"
     tags, evidence = kept(registry, "2")
     assert (tags["promotion.decision"], tags["promotion.against"]) == ("promoted", "1")
+    assert "promotion.recall_at_7" not in tags
+    assert not (evidence / "version-7").exists() and not (tmp_path / "out" / "version-7").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert tags["promotion.reason"].startswith("all 6 rules hold: NDCG@10 +.")
     figures = json.loads((evidence / "version-2" / "report.json").read_text())["figures"]["model"]
     assert float(tags["promotion.ndcg_at_10"]) == pytest.approx(figures[METRIC]["mean"], abs=1e-6)
@@ -265,23 +312,32 @@ def test_the_command_refuses_with_exit_code_3_and_the_champion_stays(registry, s
     assert [entry["decision"] for entry in Tracking(registry).versions()] == ["refused", "", ""]
     assert command("bundles", "promote", 3, *where(registry)) == 0
     assert Tracking(registry).champion() == "3"
-    assert kept(registry, "3")[0]["promotion.decision"] == "by hand"
+    tags, _ = kept(registry, "3")
+    assert tags.pop("promotion.reason", "") == "" and tags == {"promotion.decision": "by hand", "promotion.against": "1"}
+    assert command("bundles", "promote", 3, *where(registry)) == 2
+    assert "version 3 is champion already" in capsys.readouterr().err
+    assert kept(registry, "3")[0]["promotion.against"] == "1"
 
 
-def test_what_cannot_be_decided_is_one_line(registry, shop, capsys):
+def test_what_cannot_be_decided_is_one_line(registry, shop, tmp_path, capsys):
     dataset = ("--dataset", shop.path)
+    (tmp_path / "mine.txt").write_text("kept")
     for words, says in (
         ((1, *dataset), "version 1 is champion already"),
         ((7, *dataset), "has no version 7 of model"),
         ((2, "--dataset", shop.path.parent), "no dataset.json there"),
         ((2, *dataset, "--set", "promotion.metric=ndgc@10"), "must be one of recall, ndcg, "),
         ((2, *dataset, "--set", "promotion.lattency=2"), "did you mean latency?"),
+        ((2, *dataset, "--out", tmp_path), "is no earlier promotion's folder (decision.json)"),
+        ((2, *dataset, "--out", tmp_path / "mine.txt"), "is no earlier promotion's folder (decision.json)"),
+        ((2, "--out", tmp_path / "new"), "--out is for what is judged on a --dataset"),
         ((2, "--set", "promotion.latency=2"), "this verb reads [tracking] alone"),
     ):
         capsys.readouterr()
         assert command("bundles", "promote", *words, *where(registry)) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("recsys: ") and says in last
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert Tracking(registry).champion() == "1"
 
 

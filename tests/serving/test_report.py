@@ -209,6 +209,19 @@ def test_columns_of_users_that_hold_nothing_or_too_much_make_no_slice() -> None:
     assert (ages.null_count(), ages.n_unique()) == (40, 5)
 
 
+def test_rare_values_of_a_column_are_one_slice(tmp_path: Path) -> None:
+    events = [(user, item, 86_400 * item) for user in range(90) for item in (user % 7, 7 + user % 5, 12 + user % 3)]
+    table = pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row")
+    table.write_parquet(tmp_path / "events.parquet")
+    towns = ["Bonn"] * 40 + ["Köln"] * 30 + ["Unna"] * 11 + ["Werl"] * 9
+    pl.DataFrame({"user_id": list(range(90)), "town": towns}).write_parquet(tmp_path / "users.parquet")
+    build(tmp_path, Recipe("shop", {}), tmp_path / "dataset")
+    data = Dataset.open(tmp_path / "dataset")
+    found = make_report(Recommender.load(write_run(tmp_path / "run", data)), data, ks=(10,), checks=[], baselines=False)
+    told = {part["slice"]: part["users"] for part in found.manifest["slices"] if part["by"] == "user's town"}
+    assert told == {"Bonn": 40, "Köln": 30, "other values": 20}
+
+
 def test_wilsons_interval_by_hand() -> None:
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
