@@ -47,9 +47,10 @@ class GivenLists:
                 raise DataError(
                     f"{path}: {len(strange):,} {name}s are not in the data set, {strange[0]!r} first; give its lists"
                 )
-        self.rows_UK = torch.full((len(dataset.user_ids), int(table["rank"].max() or 1)), PADDING)  # type: ignore[arg-type]
+        ranks_N = torch.tensor(table["rank"].to_numpy()).long()
+        self.rows_UK = torch.full((len(dataset.user_ids), int(ranks_N.max()) if len(ranks_N) else 1), PADDING)
         self.scores_UK = torch.full(self.rows_UK.shape, -torch.inf)
-        owners_N, places_N = torch.tensor(users.to_numpy()).long(), torch.tensor(table["rank"].to_numpy()).long() - 1
+        owners_N, places_N = torch.tensor(users.to_numpy()).long(), ranks_N - 1
         self.rows_UK[owners_N, places_N] = torch.tensor(rows.to_numpy()).long()
         self.scores_UK[owners_N, places_N] = torch.tensor(table["score"].to_numpy()).float()
         self.id = sha256(path)[:16]
@@ -77,7 +78,7 @@ class GivenLists:
         if missing:
             raise DataError(f"{path}: has no column {', '.join(missing)}; lists have {', '.join(COLUMNS)}")
         rank = table["rank"]
-        if not rank.dtype.is_integer() or rank.null_count() or (len(rank) and int(rank.min()) < 1):  # type: ignore[arg-type]
+        if not rank.dtype.is_integer() or rank.null_count() or not (rank >= 1).all():
             raise DataError(f"{path}: rank must be whole numbers from 1; number each list's items from the best on")
         for name in COLUMNS[:2]:
             if table[name].dtype.is_nested() or table[name].null_count():

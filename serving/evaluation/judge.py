@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +25,7 @@ from serving.evaluation.beyond import Beyond, Shown
 from serving.evaluation.given import GivenLists
 from serving.evaluation.protocol import ProtocolSettings, in_words, protocol_of
 from serving.lists import Lister, Lists
-from serving.tables import lists_columns, lists_frame, write_frames
+from serving.tables import lists_frame
 
 if TYPE_CHECKING:
     import polars as pl
@@ -163,10 +162,6 @@ class Evaluation:
     def frame(self) -> pl.DataFrame:
         """The model's lists: user_id, item_id, rank from 1, score."""
         return lists_frame(self.user_ids, self.lists, self.catalogue)
-
-    def write_lists(self, path: Path) -> None:
-        """Write `frame` as Parquet, whole or not at all."""
-        write_frames([self.frame()], lists_columns(self.user_ids, self.catalogue), path, {"bundle": self.bundle})
 
 
 def evaluate(

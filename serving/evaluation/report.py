@@ -225,11 +225,10 @@ class _Making:
         for lister in filter(None, ("model", self.best)):
             for metric in (DECISIVE, "recall"):
                 name = f"{lister}: {metric}@{self.k}"
-                if part.targets_P is not None:
-                    values_U = self.found.values(lister, (metric,), (self.k,), part.targets_P)[f"{metric}@{self.k}"]
+                if part.of == "targets":
+                    values_U = self.found.values(lister, (metric,), (self.k,), part.chosen)[f"{metric}@{self.k}"]
                 else:
-                    assert part.users_U is not None
-                    values_U = self.columns[name].masked_fill(~part.users_U, torch.nan)
+                    values_U = self.columns[name].masked_fill(~part.chosen, torch.nan)
                 self.columns[f"{name} | {part.by}: {part.name}"] = values_U
 
     def _memberships(self) -> dict[str, Any]:
@@ -238,9 +237,9 @@ class _Making:
 
         out: dict[str, Any] = {}
         for part in self.slices:
-            if part.users_U is not None:
+            if part.of == "users":
                 before = out.get(f"user: {part.by}", pl.Series([None] * self.found.users, dtype=pl.String))
-                out[f"user: {part.by}"] = before.set(pl.Series(part.users_U.numpy()), part.name)
+                out[f"user: {part.by}"] = before.set(pl.Series(part.chosen.numpy()), part.name)
         return out
 
     def _estimate(self, column: str) -> dict[str, float | None]:
@@ -255,16 +254,14 @@ class _Making:
         return out | {name: {"mean": known(value)} for name, value in (shown.whole if shown else {}).items()}
 
     def _slice(self, part: Slice) -> dict[str, Any]:
-        of, where = ("targets", part.targets_P) if part.users_U is None else ("users", part.users_U)
-        assert where is not None
         end = f" | {part.by}: {part.name}"
         name = f"model: {self.decisive}{end}"
         told = {
             "by": part.by,
-            "of": of,
+            "of": part.of,
             "slice": part.name,
             "users": int((~self.columns[name].isnan()).sum()),
-            "share": float(where.double().mean()),
+            "share": float(part.chosen.double().mean()),
             "figures": {metric: self._estimate(f"model: {metric}{end}") for metric in (self.decisive, f"recall@{self.k}")},
         }
         if self.best:

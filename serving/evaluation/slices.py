@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,9 @@ class Slice:
 
     by: str
     name: str
-    users_U: Tensor | None = None
-    """bool; None: a slice of targets."""
-    targets_P: Tensor | None = None
-    """bool; None: a slice of users."""
+    of: Literal["users", "targets"]
+    chosen: Tensor
+    """bool, of shape U or P."""
 
 
 def slices(found: Evaluation) -> tuple[list[Slice], list[str]]:
@@ -55,14 +54,14 @@ def slices(found: Evaluation) -> tuple[list[Slice], list[str]]:
     history = gather(sequences.items, sequences.times, begins_U, ends_U)
     recent_N = history.times >= asked_U[history.owners] - RECENT_DAYS * DAY
     recent_U = torch.bincount(history.owners[recent_N], minlength=len(users_U))
-    out = [Slice("history length", name, chosen_U) for name, chosen_U in _bins(ends_U - begins_U, LENGTHS, " events")]
+    out = [Slice("history length", name, "users", chosen_U) for name, chosen_U in _bins(ends_U - begins_U, LENGTHS, " events")]
     activity = f"events in the {RECENT_DAYS} days before"
-    out += [Slice(activity, name, chosen_U) for name, chosen_U in _bins(recent_U, ACTIVITIES, " events", least=0)]
+    out += [Slice(activity, name, "users", chosen_U) for name, chosen_U in _bins(recent_U, ACTIVITIES, " events", least=0)]
     columns, left_out = _columns(found)
-    out += [Slice(f"user's {by}", name, chosen_U) for by, name, chosen_U in columns]
-    out += [Slice("item popularity", name, None, chosen_P) for name, chosen_P in _popularity(found)]
-    out += [Slice("item age", name, None, chosen_P) for name, chosen_P in _ages(found, asked_U)]
-    return [part for part in out if bool((part.targets_P if part.users_U is None else part.users_U).any())], left_out  # type: ignore[union-attr]
+    out += [Slice(f"user's {by}", name, "users", chosen_U) for by, name, chosen_U in columns]
+    out += [Slice("item popularity", name, "targets", chosen_P) for name, chosen_P in _popularity(found)]
+    out += [Slice("item age", name, "targets", chosen_P) for name, chosen_P in _ages(found, asked_U)]
+    return [part for part in out if bool(part.chosen.any())], left_out
 
 
 def _bins(values: Tensor, starts: Sequence[int], unit: str, least: int = 1) -> list[tuple[str, Tensor]]:

@@ -56,8 +56,7 @@ def test_the_figures_are_those_of_the_written_lists(repeats: bool, dataset: Data
     new = {"u": {2}, "v": {4, 5}, "x": {10**6}}
     targets = {"u": {2}, "v": {1, 4, 5}, "x": {10**6}, "y": {4}} if repeats else new
     assert report.users == len(targets)
-    report.write_lists(tmp_path / "lists.parquet")
-    lists = pl.read_parquet(tmp_path / "lists.parquet")
+    lists = report.frame()
     for k in (1, 2, 5):
         for name, value in score(lists, targets, k).items():
             assert report.figures["model"][name] == pytest.approx(value, abs=1e-9)
