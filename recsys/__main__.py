@@ -457,6 +457,8 @@ def reproduce(
     from recsys.tracking import TrackingSettings
 
     uri = Recipe("", _merge({}, settings, TrackingSettings)).read(TrackingSettings).uri
+    if uri and not run.startswith("models:/"):
+        raise RequestError(f"{run} says itself where MLflow is; --set tracking.uri is for models:/NAME@ALIAS, leave it out")
     found = make_again(run, dataset, data, out, uri)
     if json:
         typer.echo(json_module.dumps(found.as_dict()))

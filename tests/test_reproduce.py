@@ -379,3 +379,9 @@ FILE, CHANGED = (Row("file", WEIGHTS, "aa", now, now == "aa") for now in ("aa", 
 def test_bytes_may_differ_in_another_environment_and_figures_nowhere(rows, reproduced, verdict):
     found = Reproduction("run", "model", "id", rows)
     assert (found.reproduced, found.verdict) == (reproduced, verdict)
+
+
+def test_another_store_is_for_registered_bundles_alone(world, run, capsys):
+    capsys.readouterr()
+    assert run("reproduce", world / "run", "--set", "tracking.uri=off") == 2
+    assert "--set tracking.uri is for models:/" in capsys.readouterr().err.splitlines()[-1]

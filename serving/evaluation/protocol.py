@@ -80,6 +80,9 @@ def protocol_of(settings: ProtocolSettings, made: Mapping[str, Mapping[str, Any]
             raise RequestError(f"{settings.name} judges the served path: give a bundle of `recsys export`, not a {kind}")
         if (settings.split, settings.candidates) != ("test", "all"):
             raise RequestError(f"{settings.name} judges the test among all items; leave out protocol.split and .candidates")
+        if (settings.targets, settings.filter_seen) not in ((named.targets, named.filter_seen), ("new", True)):
+            decided = f"targets = {named.targets} and filter_seen = {str(named.filter_seen).lower()}"
+            raise RequestError(f"{settings.name} has {decided}; leave out protocol.targets and .filter_seen")
         return replace(settings, targets=named.targets, filter_seen=named.filter_seen)
     for name, named in PROTOCOLS.items():
         wanted = (named.targets, named.filter_seen, "all", "test")

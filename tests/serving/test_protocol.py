@@ -42,6 +42,12 @@ def test_a_named_protocol_is_of_the_test_and_of_all_items() -> None:
     assert protocol_of(ProtocolSettings(split="validation"), MADE["P1"], "model").name == ""
 
 
+def test_a_named_protocol_is_not_bent_by_other_targets() -> None:
+    for wrong in (ProtocolSettings(name="P1", targets="next"), ProtocolSettings(name="P1", filter_seen=False)):
+        with pytest.raises(RequestError, match=r"P1 has targets = new and filter_seen = true; leave out"):
+            protocol_of(wrong, MADE["P1"], "model")
+
+
 def test_the_served_path_needs_a_bundle() -> None:
     with pytest.raises(RequestError, match="not a model"):
         protocol_of(ProtocolSettings(name="P5"), MADE["P5"], "model")
