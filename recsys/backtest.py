@@ -61,8 +61,8 @@ def windows_of(dataset: Dataset, windows: int, days: int, validation_days: int) 
     """
     if windows < 1 or days < 1:
         raise RequestError(f"{windows} windows of {days} days are asked for; give at least 1 of each")
-    times = dataset.events.select("timestamp").collect()["timestamp"].drop_nulls()
-    begin, end = (int(times.min()), int(times.max()) + 1) if len(times) else (0, 0)  # type: ignore[arg-type]  # numbers
+    times = dataset.events.select("timestamp").collect()["timestamp"].drop_nulls().to_numpy()
+    begin, end = (int(times.min()), int(times.max()) + 1) if len(times) else (0, 0)
     reach = windows * days + validation_days
     if end - reach * DAY <= begin:
         raise DataError(

@@ -78,9 +78,8 @@ def find(word: str, uri: str) -> Stored:
     needed = ("name", "recipe", "dataset", "clock", "id", "hash", "quality", "best_epoch", "curve")
     if manifest.get("kind") not in ("model", "bundle") or [key for key in needed if key not in manifest]:
         raise BundleError(f"{folder / MANIFEST}: is of no run and no bundle; give the directory that train or export wrote")
-    if version:
-        name = REGISTERED.fullmatch(word)[1]  # type: ignore[index]  # else it had not been found
-        known = {str(one["version"]): one["bundle"] for one in Tracking(TrackingSettings(uri=uri, model=name)).versions()}
+    if version and (named := REGISTERED.fullmatch(word)):
+        known = {str(one["version"]): one["bundle"] for one in Tracking(TrackingSettings(uri=uri, model=named[1])).versions()}
         rows.append(record("id", manifest["id"], known.get(version, ABSENT), f"MLflow's version {version}"))
     run, curve = None, []
     if folder != path:
@@ -102,8 +101,8 @@ def against_itself(stored: Stored) -> tuple[Recorded | None, list[Row]]:
 
 def clock_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """What was noted when the run was made, whose bundle this may be."""
-    clock: Mapping[str, Any] = manifest["clock"]
-    return clock.get("run", clock)  # type: ignore[no-any-return]
+    clock: Mapping[str, Any] = manifest["clock"].get("run", manifest["clock"])
+    return clock
 
 
 def record(what: str, stored: object, found: object, where: str) -> Row:

@@ -12,6 +12,15 @@ from recsys.batch import Batch
 from recsys.metrics import METRICS, MISSED, measure, measure_users, new_targets, target_ranks
 
 
+def drawn(seed):
+    """Scores of 3 users and 17 items, and which of them are targets: at least one of each user."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 17, generator=generator, dtype=torch.float64)
+    relevant = torch.rand(3, 17, generator=generator) < 0.3
+    relevant[:, 0] |= ~relevant.any(1)
+    return scores, relevant
+
+
 def test_a_hand_worked_case():
     ranks, owners = torch.tensor([1, 4, 11, 3]), torch.tensor([0, 0, 1, 3])
     found = measure(ranks, owners, users=5, ks=(3, 10))
@@ -30,10 +39,7 @@ def test_equal_scores_rank_by_column():
 
 @given(st.integers(0, 10**6))
 def test_ndcg_is_that_of_scikit_learn(seed):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(3, 17, generator=generator, dtype=torch.float64)
-    relevant = torch.rand(3, 17, generator=generator) < 0.3
-    relevant[:, 0] |= ~relevant.any(1)
+    scores, relevant = drawn(seed)
     owners, targets = torch.nonzero(relevant, as_tuple=True)
     ours = measure(target_ranks(scores, owners, targets), owners, 3, ks=(5,))["ndcg@5"]
     assert ours == pytest.approx(ndcg_score(relevant.numpy().astype(float), scores.numpy(), k=5), abs=1e-9)
@@ -67,10 +73,7 @@ def test_all_metrics_of_a_hand_worked_case():
 
 @given(st.integers(0, 10**6))
 def test_average_precision_over_the_whole_catalogue_is_that_of_scikit_learn(seed):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(3, 17, generator=generator, dtype=torch.float64)
-    relevant = torch.rand(3, 17, generator=generator) < 0.3
-    relevant[:, 0] |= ~relevant.any(1)
+    scores, relevant = drawn(seed)
     owners, targets = torch.nonzero(relevant, as_tuple=True)
     ours = measure_users(target_ranks(scores, owners, targets), owners, 3, ks=(17,), metrics=("map",))["map@17"]
     theirs = [average_precision_score(*pair) for pair in zip(relevant.numpy(), scores.numpy(), strict=True)]

@@ -427,6 +427,7 @@ SMALLEST = """Math.min(...[...document.querySelectorAll('svg text')].map(text =>
 """Height of the smallest type of the figures, in CSS pixels."""
 CUT_OFF = """[...document.querySelectorAll('svg text')].filter(text => {
   const [inner, outer] = [text, text.ownerSVGElement].map(each => each.getBoundingClientRect())
-  return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1
-}).map(text => text.textContent)"""  # noqa: E501
+  return inner.left < outer.left - 1 || inner.right > outer.right + 1
+    || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1
+}).map(text => text.textContent)"""
 """Texts of figures that reach over their figure's edge."""
