@@ -90,7 +90,7 @@ def best_possible_of(world: World, dataset: Dataset, split: str = "test", k: int
 def simulate(world: World, progress: Progress | None = None, block: int | None = None) -> Iterator[pl.DataFrame]:
     """Events in blocks of `block` whole users, sorted by user and time."""
     users = world.settings.users
-    block = block or int(np.clip(BLOCK_BYTES // world.settings.items, 256, 16_384))
+    block = block or int(np.clip(BLOCK_BYTES / (10 * 4 * world.settings.events_per_user), 256, 16_384))  # longest: 10 means
     for start in range(0, users, block):
         stop = min(start + block, users)
         yield _simulate_block(world, np.arange(start + 1, stop + 1))
@@ -106,7 +106,7 @@ def _simulate_block(world: World, users: Ints) -> pl.DataFrame:
     order = np.argsort(-lengths, kind="stable")
     keys, starts = keys[order], starts[order]
     items, times = np.empty(lengths.sum(), np.int64), np.empty(lengths.sum(), np.int64)
-    seen = _Seen(len(users), world.settings.items)
+    seen = _Seen(len(users), lengths.max())
     clock = ARRIVALS[0] + (_uniform(keys, 0, _GAP) * ARRIVALS[1]).astype(np.int64)
     last = before = world.pick(_uniform(keys, 0, 0) * world.settings.genres)
     favourite = world.genre[last]
@@ -121,19 +121,21 @@ def _simulate_block(world: World, users: Ints) -> pl.DataFrame:
 
 
 class _Seen:
-    """Which user of a block has which item."""
+    """Which items the users of a block have: position by position, for users with the longest histories first."""
 
-    def __init__(self, users: int, items: int) -> None:
-        self._table = np.zeros(users * items, np.bool_)
-        self._rows = np.arange(users) * items
+    def __init__(self, users: int, longest: int) -> None:
+        self._items = np.empty((longest, users), np.int32)
+        self._positions = 0
 
     def has(self, users: Ints, items: Ints) -> Bools:
-        has: Bools = self._table[self._rows[users] + items]
+        """Whether each of some users, all of them being active, has this item."""
+        has: Bools = (self._items[: self._positions, users] == items).any(0)
         return has
 
     def add(self, items: Ints) -> None:
-        """One item of each of the first users."""
-        self._table[self._rows[: len(items)] + items] = True
+        """The next item of each of the first users, which are active from now on."""
+        self._items[self._positions, : len(items)] = items
+        self._positions += 1
 
 
 Context = tuple[Ints, Ints, Ints]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -105,25 +106,32 @@ class World:
         """Share of the item in the events that its genre gets by popularity."""
         self.successors: Ints = np.empty((settings.items, len(SUCCESSOR_WEIGHTS)), np.int64)
         """The next parts of the item's series, and the item itself where a series is too short to have more."""
-        self.titles = [""] * settings.items
+        self._place: Ints = np.empty((settings.items, 2), np.int64)
+        """The item's series within its genre, from 0, and its part of the series, from 1."""
         self.genre_names = list(NOUNS)[: settings.genres]
         for genre, items in enumerate(members):
             weights = np.arange(1, len(items) + 1) ** -settings.popularity
             self.genre[items], self.popularity[items] = genre, weights / weights.sum()
-            self._name_series(genre, items, rng)
+            self._tell_series(items, rng.permutation(len(items)))
         self._members = np.concatenate(members)
         self._ladder = np.concatenate([genre + self.popularity[items].cumsum() for genre, items in enumerate(members)])
         self._ladder[np.cumsum([len(items) for items in members]) - 1] = np.arange(1, settings.genres + 1)
 
-    def _name_series(self, genre: int, items: Ints, rng: np.random.Generator) -> None:
-        """Split a genre into series at random; within one, the most popular part comes first."""
-        order = rng.permutation(len(items))
-        for series, start in enumerate(range(0, len(items), self.settings.series)):
-            parts = items[np.sort(order[start : start + self.settings.series])]
-            for part, item in enumerate(parts):
-                nexts = part + 1 + np.arange(self.successors.shape[1])
-                self.successors[item] = parts[nexts % len(parts)]
-                self.titles[item] = make_title(self.genre_names[genre], series, part + 1)
+    def _tell_series(self, items: Ints, order: Ints) -> None:
+        """Split a genre's items, most popular first, into series by a random order; the most popular part comes first."""
+        length = self.settings.series
+        whole = len(items) // length * length
+        for first, places in ((0, order[:whole].reshape(-1, length)), (whole // length, order[None, whole:])):
+            parts = items[np.sort(places, axis=1)]
+            part = np.arange(parts.shape[1])
+            self.successors[parts] = parts[:, (part[:, None] + 1 + np.arange(self.successors.shape[1])) % max(len(part), 1)]
+            self._place[parts, 0], self._place[parts, 1] = first + np.arange(len(parts))[:, None], part + 1
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """The title of every item; no two are the same."""
+        places = zip(self.genre.tolist(), *self._place.T.tolist(), strict=True)
+        return [make_title(self.genre_names[genre], series, part) for genre, series, part in places]
 
     def pick(self, places: Floats) -> Ints:
         """Items by popularity: place g + u, with u uniform in [0, 1), is an item of genre g."""
@@ -132,7 +140,7 @@ class World:
 
     def items(self) -> pl.DataFrame:
         """item_id, title and categories (the genre) of every item."""
-        names = [self.genre_names[genre] for genre in self.genre]
+        names = pl.Series(self.genre_names).gather(self.genre)
         return pl.DataFrame({"item_id": np.arange(1, len(self.genre) + 1), "title": self.titles, "categories": names})
 
     def probabilities(self, histories: Sequence[Sequence[int] | Ints], new_session: Bools | None = None) -> Floats:
