@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
 import platform
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from recsys.errors import BundleError, RecsysError, SetupError
+from recsys.cluster import connected, last_line
+from recsys.errors import BundleError, RecsysError
 from serving.engine import Recommender
 from serving.shards import Facts, Task, pipeline, planned
-from serving.workers import ONE_THREAD, TRIES
+from serving.workers import TRIES
 
-LOCAL = "local"
-"""The address of a cluster that is this machine, and is started and stopped here."""
-SECONDS = 5
-"""Within which a cluster lets itself be reached."""
 TRIED = "tried"
 """Folder, in that of the night, of a file a shard, with a byte for each worker that began it."""
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""What keeps Ray from the network and from the terminal, where it is not set already."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class Cluster:
 
     bundle: Path
     address: str
-    """HOST:PORT, or `auto`, of the cluster that this machine is a node of; or LOCAL."""
+    """HOST:PORT, or `auto`, of the cluster that this machine is a node of; or `local`."""
 
     @property
     def name(self) -> str:
@@ -54,7 +40,7 @@ class Cluster:
         """Raises SetupError: no Ray, or no cluster there. RecsysError: a node sees other files, or workers die of a shard."""
         if not tasks:
             return
-        with _connected(self.address) as ray:
+        with connected(self.address) as ray:
             _fresh(tasks[0].work / TRIED)
             about = (self.bundle.absolute(), tasks[0].bundle)
             cpus = int(ray.cluster_resources().get("CPU", 0))
@@ -72,7 +58,7 @@ class Cluster:
                 raise
             except ray.exceptions.RayError as error:
                 raise RecsysError(
-                    f"{self.name}: its workers are lost ({_line(error)}); "
+                    f"{self.name}: its workers are lost ({last_line(error)}); "
                     "see that all nodes have this package, and start again: what is done is kept"
                 ) from None
 
@@ -134,65 +120,3 @@ def _count(task: Task) -> None:
                 f"shard {task.shard}: {TRIES} workers of the Ray cluster died of it; "
                 "see whether memory runs out, and start again: what is done is kept"
             )
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Ray with a cluster, which is stopped afterwards if it is LOCAL."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise SetupError("Ray is not installed; run: pip install 'attention-recommender[ray]'") from None
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the terminal; what goes into Ray's own files stays
-            handler.setLevel(logging.CRITICAL)
-    try:
-        _reach(address)
-        with _silent():
-            ray.init(
-                address,
-                include_dashboard=False if address == LOCAL else None,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                runtime_env={"env_vars": dict.fromkeys(ONE_THREAD, "1")},
-            )
-    except Exception as error:  # Ray has no class of its own for it
-        raise SetupError(
-            f"{address}: no Ray cluster can be used there ({_line(error)}); "
-            f"start one, and this on one of its nodes, or give {LOCAL!r}"
-        ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Meanwhile nothing of this process, also not of its libraries in other languages, reaches the terminal."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _reach(address: str) -> None:
-    """Raises OSError, ValueError: nobody listens there; Ray itself would try for a minute."""
-    if "://" in address:
-        raise ValueError("Ray Data is not for clients of Ray")
-    host, _, port = address.rpartition(":")
-    if host:
-        socket.create_connection((host, int(port)), SECONDS).close()
-
-
-def _line(error: Exception) -> str:
-    """The last of what an error says, where its cause stands."""
-    return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")

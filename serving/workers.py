@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
+from recsys.cluster import ONE_THREAD
 from recsys.errors import RecsysError, RequestError
 from serving.engine import Recommender
 from serving.shards import Facts, Task, pipeline
@@ -21,8 +22,6 @@ AHEAD = 2
 """Tasks that a process has: one that it computes, one that it reads meanwhile."""
 TRIES = 3
 """Processes that may die of one shard before the night is given up."""
-ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
-"""What libraries read as they load: each process has one thread of arithmetic, and as many processes as cores are fastest."""
 
 
 class Engine(Protocol):

@@ -43,7 +43,7 @@ DOORS = {
     "psycopg": {"serving/delivery.py"},
     "redis": {"serving/stores.py"},
     "lmdb": {"serving/stores.py"},
-    "ray": {"serving/cluster.py"},
+    "ray": {"recsys/cluster.py"},
     "pydantic": {"recsys/config.py"},
     "typer": {"recsys/__main__.py"},
     "rich": COMMAND,
