@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -10,15 +11,14 @@ import polars as pl
 from features.cells import read_id, read_order, read_time
 from features.dataset import write_parquet
 from features.files import readable
+from features.parts import Part, Report, Run, add_counts, deal, put_part, take_part
 from features.schema import REASON, ROW, DataSettings, Tally
 from features.split import SplitSettings, split_ends
 from recsys.errors import DataError
 
-AT_ONCE = 2**23
-"""Events in memory at once, besides those of one user; tests/benchmarks/features_scale.py measures what that takes."""
+RUN, RUN_ROWS = 2**22, 2**15
+"""Events that are sorted at once while they are read, and of a row group of them, the least that a part reads of a run."""
 NOT_BAD = pl.lit(None, REASON)
-Report = Callable[[int], None]
-"""Called with the events done since it was last called."""
 
 
 def number(table: pl.LazyFrame) -> pl.LazyFrame:
@@ -53,28 +53,36 @@ def judge(events: pl.LazyFrame, settings: DataSettings, ids: dict[str, pl.DataTy
     return read.select(ROW, *cells, reason=pl.coalesce(*reasons, NOT_BAD))
 
 
-def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, path: Path, tally: Tally, where: str) -> pl.DataFrame:
-    """Write the events as they came, those of earlier builds first, numbered up to 0; returns number and reason of bad ones.
+def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, runs: Path, tally: Tally, where: str) -> pl.DataFrame:
+    """Write the clean events, those of earlier builds numbered up to 0, as runs that are each sorted by user.
 
-    Raises DataError: there are no events, or none that is usable.
+    Returns number and reason of the bad ones. Raises DataError: there are no events, or none that is usable.
     """
     rows = [judged]
     if earlier is not None:
         events = earlier.select(pl.len()).collect().item()
         ids = (pl.col(name).cast(judged.collect_schema()[name]) for name in ("user_id", "item_id"))
         rows.insert(0, number(earlier).with_columns(pl.col(ROW) - events, *ids, reason=NOT_BAD))
+    bad, read = [pl.DataFrame(schema={ROW: pl.Int64, "reason": REASON})], 0
+
+    def put(batch: pl.DataFrame) -> None:
+        nonlocal read
+        read += len(batch.filter(pl.col(ROW) > 0))
+        good = batch.filter(pl.col("reason").is_null()).drop("reason").sort("user_id")
+        good.write_parquet(runs / f"{len(bad):06}.parquet", compression="lz4", row_group_size=RUN_ROWS)
+        bad.append(batch.filter(pl.col("reason").is_not_null()).select(ROW, "reason"))
+
+    runs.mkdir()
     with readable(where):
-        pl.concat(rows).sink_parquet(path, compression="lz4")
-    staged = pl.scan_parquet(path).filter(pl.col(ROW) > 0)
-    read = staged.select(pl.len()).collect(engine="streaming").item()
+        pl.concat(rows).sink_batches(put, chunk_size=RUN)
     if not read:
         raise DataError(f"{where}: there are no events; name a file that holds some")
     tally.read += read
-    bad = staged.filter(pl.col("reason").is_not_null()).select(ROW, "reason").collect(engine="streaming")
-    if len(bad) == read:
-        counts = ", ".join(f"{count} {reason}" for reason, count in bad["reason"].value_counts(sort=True).rows())
+    found = pl.concat(bad)
+    if len(found) == read:
+        counts = ", ".join(f"{count} {reason}" for reason, count in found["reason"].value_counts(sort=True).rows())
         raise DataError(f"{where}: none of the {read} events is usable ({counts}); check the recipe's section [data]")
-    return bad
+    return found
 
 
 def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) -> pl.DataFrame:
@@ -93,54 +101,83 @@ def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) 
     return rows.select(pl.lit(tally.table).alias("table"), pl.col("reason").cast(pl.String), pl.exclude(ROW, "reason"))
 
 
-def by_users(events: pl.LazyFrame, report: Report) -> Iterator[pl.DataFrame]:
-    """The events of all users, in turn, so many users at a time as have AT_ONCE events."""
-    users = events.group_by("user_id").len().sort("user_id").collect(engine="streaming")
-    part = ((pl.col("len").cum_sum() - 1) // AT_ONCE).alias("part")
-    ends = users.group_by(part, maintain_order=True).agg(pl.first("user_id"), pl.last("user_id").alias("last"), pl.sum("len"))
-    for _, first, last, count in ends.rows():
-        yield events.filter(pl.col("user_id").is_between(pl.lit(first), pl.lit(last))).collect(engine="streaming")
-        report(count)
+@dataclass(frozen=True)
+class Unsorted:
+    """A part of the staged events that is to be sorted."""
+
+    runs: Path
+    """Folder of the staged events."""
+    part: Part
+    repeats: str
+    split: SplitSettings
+    out: Path
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What became of a part."""
+
+    out: Path
+    events: int
+    """Those that were read."""
+    counts: pl.DataFrame
+    """item_id, and the counts of all its events and of those for training."""
+    repeated: pl.DataFrame
+    """Numbers of the events that are repeats."""
+    repaired: dict[str, tuple[int, pl.DataFrame]]
+    """By reason the count of repaired events, and the first of them."""
+
+
+def arrange_part(task: Unsorted) -> Sorted:
+    """Write the events of some users sorted by user, then order or time, then as they came."""
+    staged = task.part.of(pl.scan_parquet(task.runs / "*.parquet")).collect(engine="streaming")
+    key = "order" if "order" in staged.columns else "timestamp"
+    rows, later = staged.sort("user_id", key, ROW), staged.head(0)
+    del staged
+    if task.repeats == "drop":
+        rows, later = part_repeats(rows, key)
+    times = fill_times(rows)
+    repaired = {
+        "unsorted": rows.filter(moved()),
+        "filled_time": rows.filter(pl.col("timestamp").is_null()),
+        "raised_time": rows.filter(times["timestamp"] > rows["timestamp"]),
+    }
+    put_part(rows.drop(ROW), task.out)
+    firsts = {reason: (len(found), found.head(1)) for reason, found in repaired.items()}
+    return Sorted(task.out, len(rows) + len(later), count_items(times, task.split), later.select(ROW), firsts)
 
 
 def arrange(
-    staged: pl.LazyFrame, path: Path, repeats: str, split: SplitSettings, tally: Tally, report: Report
+    runs: Path, path: Path, repeats: str, split: SplitSettings, tally: Tally, report: Report, run: Run
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Write clean events sorted by user, then order or time, then as they came.
+    """Write the staged events as one table, sorted by user, then order or time, then as they came.
 
     Returns for every item the count of all its events and of those for training, and number and reason of repeated events.
     """
-    clean = staged.filter(pl.col("reason").is_null()).drop("reason")
-    schema = clean.collect_schema()
-    key = "order" if "order" in schema else "timestamp"
-    counts: list[pl.DataFrame] = []
-    repeated = [pl.DataFrame(schema={ROW: pl.Int64})]
+    staged = pl.scan_parquet(runs / "*.parquet")
+    schema = {name: dtype for name, dtype in staged.collect_schema().items() if name != ROW}
+    tasks = (Unsorted(runs, part, repeats, split, runs / f"{part.number}.sorted") for part in deal(staged))
+    counts = count_items(pl.DataFrame(schema=schema), split)
+    repeated: list[pl.DataFrame] = []
     found: dict[str, list[pl.DataFrame]] = {reason: [] for reason in ("unsorted", "filled_time", "raised_time")}
     totals = dict.fromkeys(found, 0)
 
-    def note(reason: str, rows: pl.DataFrame) -> None:
-        totals[reason] += len(rows)
-        found[reason].append(rows.head(1))
-
     def parts() -> Iterator[pl.DataFrame]:
-        for part in by_users(clean, report):
-            part = part.sort("user_id", key, ROW)
-            if repeats == "drop":
-                part, later = part_repeats(part, key)
-                repeated.append(later.select(ROW))
-            times = fill_times(part)
-            note("unsorted", part.filter(moved()))
-            note("filled_time", part.filter(pl.col("timestamp").is_null()))
-            note("raised_time", part.filter(times["timestamp"] > part["timestamp"]))
-            counts.append(count_items(times, split))
-            yield part.drop(ROW)
+        nonlocal counts
+        for done in run(arrange_part, tasks):
+            counts = add_counts(counts, done.counts, "item_id")
+            repeated.append(done.repeated)
+            for reason, (rows, first) in done.repaired.items():
+                totals[reason] += rows
+                found[reason].append(first)
+            yield take_part(done.out)
+            report(done.events)
 
-    write_parquet(parts(), {name: dtype for name, dtype in schema.items() if name != ROW}, path)
+    write_parquet(parts(), schema, path)
     tally.add("unsorted", totals["unsorted"], pl.concat(found["unsorted"]))
     for reason in ("filled_time", "raised_time"):
         tally.settle(reason, totals[reason], pl.concat(found[reason]))
-    items = pl.concat(counts).group_by("item_id").sum()
-    return items, pl.concat(repeated).with_columns(reason=pl.lit("duplicate", REASON))
+    return counts, pl.concat(repeated).with_columns(reason=pl.lit("duplicate", REASON))
 
 
 def part_repeats(events: pl.DataFrame, key: str) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -14,7 +14,8 @@ import polars.selectors as cs
 from features.build import Progress, summed
 from features.cells import read_time
 from features.dataset import ATTRIBUTE, Dataset
-from features.events import by_users, fill_times
+from features.events import fill_times
+from features.parts import add_counts, by_users
 from features.split import SplitSettings, in_window, is_cold, is_held_out
 from recsys.batch import FIRST_ITEM
 from recsys.config import Settings, nearest
@@ -124,7 +125,7 @@ class _Search:
         self.sequences = pl.scan_parquet(dataset.path / "sequences.parquet")
         self.items = dataset.items.select("item_id", "row", released=_released(dataset, settings.released))
         self.users = 0
-        self.counts = [pl.DataFrame(schema={"row": pl.Int32, "training": pl.UInt32})]
+        self.counts = pl.DataFrame(schema={"row": pl.Int32, "training": pl.Int64})
         absent = {
             "training events": self.split.method == "user_holdout",
             "held-out users": self.split.method != "user_holdout",
@@ -151,7 +152,8 @@ class _Search:
             known = events.filter(pl.col("stated").is_not_null() & pl.col("released").is_not_null())
             early = known.filter(pl.col("its_time") < pl.col("released"))
             check.add(len(known), self._events(early, "its_row", "its_time", "released"))
-        self.counts.append(sequences.filter(part="train").group_by("row").agg(training=pl.len()))
+        counts = sequences.filter(part="train").group_by("row").agg(training=pl.len().cast(pl.Int64))
+        self.counts = add_counts(self.counts, counts, "row")
 
     def look_at_strangers(self) -> None:
         """Look for sequences of users who have no events, after all others."""
@@ -163,8 +165,9 @@ class _Search:
 
     def look_at_items(self) -> None:
         """Look at the catalogue, after all users."""
-        counts = pl.concat(self.counts).group_by("row").agg(pl.col("training").cast(pl.Int64).sum())
-        items = self.dataset.items.select("item_id", "row", "events").join(counts, on="row", how="left", maintain_order="left")
+        items = self.dataset.items.select("item_id", "row", "events").join(
+            self.counts, on="row", how="left", maintain_order="left"
+        )
         cold, training = is_cold(items["item_id"], self.split), pl.col("training").fill_null(0)
         items = items.with_columns(training=pl.when(cold).then(0).otherwise(training))
         ranked = items.sort("item_id").sort("events", descending=True, maintain_order=True)["row"]

@@ -7,11 +7,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import polars as pl
-
 from features.build import Progress, require_place, summed, workshop, write_histories
 from features.dataset import MANIFEST, Dataset
-from features.events import by_users, count_items, fill_times
+from features.events import count_items, fill_times
+from features.parts import add_counts, by_users
 from features.schema import Tally
 from features.split import SplitSettings
 from recsys.bundle import publish
@@ -27,11 +26,14 @@ def resplit(dataset: Dataset, split: SplitSettings, out: Path, progress: Progres
     """
     require_place(out)
     old, events = dataset.manifest, dataset.manifest["events"]
-    parts = by_users(dataset.events, summed(progress, "events", events))
-    counts = pl.concat(count_items(fill_times(part), split) for part in parts).group_by("item_id").sum()
+    counts = count_items(dataset.events.head(0).collect(), split)
+    for part in by_users(dataset.events, summed(progress, "events", events)):
+        counts = add_counts(counts, count_items(fill_times(part), split), "item_id")
     tally, report = Tally.of("events", False, old["rows"]), summed(progress, "sequences", events)
     with workshop(out) as work:
-        told = write_histories(dataset.events, counts, dataset.listed, work, split, tally, str(dataset.path), report)
+        told = write_histories(
+            dataset.path / "events.parquet", counts, dataset.listed, work, split, tally, str(dataset.path), report
+        )
         made = {path.name: partial(os.replace, path) for path in work.glob("*.parquet")}
         kept = {name: partial(shutil.copyfile, dataset.path / name) for name in KEPT if name in old["files"]}
         said = {key: value for key, value in old.items() if key not in ("format", "files", "hash", "id")}

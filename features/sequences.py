@@ -2,53 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import polars.selectors as cs
 
 from features.dataset import LIST_ROWS, write_parquet
-from features.events import Report, by_users, fill_times
+from features.events import fill_times
+from features.parts import Part, Report, Run, deal, put_part, take_part
 from features.split import SplitSettings, in_window, split_ends
 
 
-def write_sequences(
-    events: pl.LazyFrame, items: pl.DataFrame, path: Path, split: SplitSettings, report: Report
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class Unplaced:
+    """A part of the sorted events that is to become sequences."""
+
+    events: Path
+    items: Path
+    part: Part
+    split: SplitSettings
+    out: Path
+
+
+def place_part(task: Unplaced) -> tuple[Path, dict[str, int]]:
+    """Write the sequences of some users; returns the file, and the counts of events as `write_sequences` does."""
+    part = task.part.of(pl.scan_parquet(task.events)).collect(engine="streaming")
+    placed = fill_times(part).filter(in_window(task.split))
+    events = len(part)
+    del part
+    rows = pl.scan_parquet(task.items).select("item_id", "row")
+    found = placed.lazy().join(rows, on="item_id", maintain_order="left")
+    lists = {"items": pl.col("row"), "timestamps": pl.col("timestamp")}
+    users = found.group_by("user_id", maintain_order=True).agg(*split_ends(task.split), **lists)
+    sequences = users.select(*_schema(task.split, pl.Null())).collect()
+    put_part(sequences, task.out)
+    ends = sequences.select(cs.matches("_(start|end)$").sum().cast(pl.Int64)).row(0, named=True)
+    start = ends.get("validation_start", ends["train_end"])
+    return task.out, {
+        "train": ends["train_end"],
+        "validation": ends["validation_end"] - start,
+        "test": len(placed) - ends["validation_end"],
+        "history": start - ends["train_end"],
+        "after": events - len(placed),
+    }
+
+
+def write_sequences(events: Path, items: Path, path: Path, split: SplitSettings, report: Report, run: Run) -> dict[str, int]:
     """Write the sequences of sorted events, of all users who have an event before the end of the test.
 
     Returns the counts of events for train, validation and test; where users are held out, `history`: of their events before
     validation; and where the test ends, `after`: of the events that are in no sequence.
     """
-    rows, held_out = items.lazy().select("item_id", "row"), split.method == "user_holdout"
+    table = pl.scan_parquet(events)
+    tasks = (Unplaced(events, items, part, split, path.with_name(f"{part.number}.placed")) for part in deal(table))
     counts = dict.fromkeys(("train", "validation", "test"), 0)
-    counts |= ({"history": 0} if held_out else {}) | ({"after": 0} if split.test_end is not None else {})
+    counts |= ({"history": 0} if split.method == "user_holdout" else {}) | ({"after": 0} if split.test_end is not None else {})
 
     def parts() -> Iterator[pl.DataFrame]:
-        for part in by_users(events, report):
-            placed = fill_times(part).filter(in_window(split))
-            found = placed.lazy().join(rows, on="item_id", maintain_order="left")
-            lists = {"items": pl.col("row"), "timestamps": pl.col("timestamp")}
-            users = found.group_by("user_id", maintain_order=True).agg(*split_ends(split), **lists).select(*schema).collect()
-            ends = users.select(cs.matches("_(start|end)$").sum().cast(pl.Int64)).row(0, named=True)
-            start = ends.get("validation_start", ends["train_end"])
-            counts["train"] += ends["train_end"]
-            counts["validation"] += ends["validation_end"] - start
-            counts["test"] += len(placed) - ends["validation_end"]
-            if held_out:
-                counts["history"] += start - ends["train_end"]
-            if split.test_end is not None:
-                counts["after"] += len(part) - len(placed)
-            yield users
+        for out, more in run(place_part, tasks):
+            for name in counts:
+                counts[name] += more[name]
+            yield take_part(out)
+            report(sum(more.values()))
 
-    schema = {
-        "user_id": events.collect_schema()["user_id"],
+    write_parquet(parts(), _schema(split, table.collect_schema()["user_id"]), path, LIST_ROWS)
+    return counts
+
+
+def _schema(split: SplitSettings, user_id: pl.DataType) -> Mapping[str, pl.DataType]:
+    """The columns of the sequences, users' ids being of the type `user_id`."""
+    return {
+        "user_id": user_id,
         "items": pl.List(pl.Int32()),
         "timestamps": pl.List(pl.Int64()),
         "train_end": pl.Int32(),
         "validation_end": pl.Int32(),
-        **({"validation_start": pl.Int32()} if held_out else {}),
+        **({"validation_start": pl.Int32()} if split.method == "user_holdout" else {}),
     }
-    write_parquet(parts(), schema, path, LIST_ROWS)
-    return counts

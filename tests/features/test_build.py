@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import features.events
+import features.parts
 from features.build import build
 from features.dataset import Dataset
 from features.schema import POLICIES
@@ -109,7 +109,7 @@ def test_how_many_events_are_in_memory_at_once_changes_nothing(
         user_id=pl.col("row") * 37 % 211, item_id=pl.col("row") ** 2 % 101, timestamp=pl.col("row") * 7919 % 1013
     )
     want = account(build_in(folder, events))
-    monkeypatch.setattr(features.events, "AT_ONCE", at_once)
+    monkeypatch.setattr(features.parts, "AT_ONCE", at_once)
     assert account(build_in(folder, events)) == want
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import features.events
+import features.parts
 from features.build import build
 from features.dataset import MANIFEST, Dataset
 from features.leaks import KINDS, SHOWN, Check, LeakSettings, find_leaks, refuse
@@ -347,7 +347,7 @@ def test_how_many_events_are_looked_at_at_once_changes_nothing(
     change = swap(2, 1, "items", "timestamps"), swap(12, 4, "items"), of_user(3, train_end=pl.col("train_end") + 1)
     leaky = planted(build_in(folder, made_up()), sequences=lambda table: change[0](change[1](change[2](table))))
     want = [check.as_dict() for check in find_leaks(leaky)]
-    monkeypatch.setattr(features.events, "AT_ONCE", at_once)
+    monkeypatch.setattr(features.parts, "AT_ONCE", at_once)
     assert [check.as_dict() for check in find_leaks(leaky)] == want
     assert {check["name"] for check in want if check["found"]} == {
         "order of events",
