@@ -21,7 +21,7 @@ from features.dataset import MANIFEST, Dataset, write_parquet
 from features.events import arrange, judge, set_aside, stage
 from features.files import read_files
 from features.items import describe, make_catalogue, read_table, renew, require_widths
-from features.parts import Report, Run, run_here
+from features.parts import Engine, Report, in_turn
 from features.schema import DataSettings, RawTables, Tally
 from features.sequences import write_sequences
 from features.split import SplitSettings, without_cold
@@ -45,7 +45,7 @@ def build(
     append: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
-    run: Run = run_here,
+    engine: Engine = in_turn,
 ) -> dict[str, Any]:
     """Build the DATASET `out` and return its manifest; with `append`, join `data` to the DATASET that is there.
 
@@ -60,7 +60,7 @@ def build(
     if before is not None and ("order" in before.events.collect_schema()) != ("order" in raw.events.collect_schema()):
         raise DataError(f"{out}: was built {'without' if settings.order else 'with'} an order; append with the same data.order")
     with workshop(out) as work:
-        job = _Job(settings, split, before, work, str(data or settings.source), strict, progress, run)
+        job = _Job(settings, split, before, work, str(data or settings.source), strict, progress, engine)
         head = {"recipe": recipe.name, "settings": {"data": settings.as_dict(), "split": split.as_dict()}}
         manifest = head | job.write(raw)
         writers = {path.name: partial(os.replace, path) for path in sorted(work.glob("*.parquet"))}
@@ -117,7 +117,7 @@ class _Job:
     where: str
     strict: bool
     progress: Progress | None
-    run: Run
+    engine: Engine
 
     def __post_init__(self) -> None:
         reported = self.before.manifest if self.before else {}
@@ -139,7 +139,7 @@ class _Job:
         events = self.work / "events.parquet"
         report = summed(self.progress, "sequences", int(counts["all"].sum()))
         tally = self.tallies["events"]
-        told = write_histories(events, counts, listed, self.work, self.split, tally, self.where, report, self.run)
+        told = write_histories(events, counts, listed, self.work, self.split, tally, self.where, report, self.engine)
         return told | {key: self.tallies[table].as_dict() for table, key in TALLIES.items()}
 
     def _renew(self, table: str, raw: pl.LazyFrame | None, name: str, ids: dict[str, pl.DataType]) -> pl.DataFrame | None:
@@ -163,14 +163,14 @@ class _Job:
 
     def _write_events(self, raw: pl.LazyFrame, earlier: pl.LazyFrame | None, ids: dict[str, pl.DataType]) -> pl.DataFrame:
         """Write the sorted events; returns the items' counts."""
-        tally, runs = self.tallies["events"], self.work / "staged"
+        tally, staged = self.tallies["events"], self.work / "staged"
         judged = judge(raw, self.settings, ids, self.settings.now or int(time.time()), self.where)
-        bad = stage(judged, earlier, runs, tally, self.where)
+        bad = stage(judged, earlier, staged, tally, self.where)
         self.aside.append(set_aside(raw, bad, tally, self.where))
-        report = summed(self.progress, "events", pl.scan_parquet(runs / "*.parquet").select(pl.len()).collect().item())
+        report = summed(self.progress, "events", pl.scan_parquet(staged / "*.parquet").select(pl.len()).collect().item())
         out, repeats = self.work / "events.parquet", self.settings.repeats
-        counts, repeated = arrange(runs, out, repeats, self.split, tally, report, self.run)
-        shutil.rmtree(runs)
+        counts, repeated = arrange(staged, out, repeats, self.split, tally, report, self.engine)
+        shutil.rmtree(staged)
         self.aside.append(set_aside(raw, repeated, tally, self.where))
         return counts
 
@@ -184,7 +184,7 @@ def write_histories(
     tally: Tally,
     where: str,
     report: Report,
-    run: Run = run_here,
+    engine: Engine = in_turn,
 ) -> dict[str, Any]:
     """Write the catalogue and the sequences of sorted events with these counts of items; returns what the manifest says.
 
@@ -198,7 +198,7 @@ def write_histories(
             "or split.cold_one_in to 0"
         )
     put(items, work / "items.parquet")
-    parts = write_sequences(events, work / "items.parquet", work / "sequences.parquet", split, report, run)
+    parts = write_sequences(events, work / "items.parquet", work / "sequences.parquet", split, report, engine)
     return {
         "users": pl.scan_parquet(work / "sequences.parquet").select(pl.len()).collect().item(),
         "events": sum(parts.values()),

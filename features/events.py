@@ -11,13 +11,13 @@ import polars as pl
 from features.cells import read_id, read_order, read_time
 from features.dataset import write_parquet
 from features.files import readable
-from features.parts import Part, Report, Run, add_counts, deal, put_part, take_part
+from features.parts import Engine, Part, Report, add_counts, divide, put_part, take_part
 from features.schema import REASON, ROW, DataSettings, Tally
 from features.split import SplitSettings, split_ends
 from recsys.errors import DataError
 
-RUN, RUN_ROWS = 2**22, 2**15
-"""Events that are sorted at once while they are read, and of a row group of them, the least that a part reads of a run."""
+STRETCH, STRETCH_ROWS = 2**22, 2**15
+"""Events that are sorted at once while they are read, and of a row group of them, the least that a part reads of a stretch."""
 NOT_BAD = pl.lit(None, REASON)
 
 
@@ -53,8 +53,8 @@ def judge(events: pl.LazyFrame, settings: DataSettings, ids: dict[str, pl.DataTy
     return read.select(ROW, *cells, reason=pl.coalesce(*reasons, NOT_BAD))
 
 
-def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, runs: Path, tally: Tally, where: str) -> pl.DataFrame:
-    """Write the clean events, those of earlier builds numbered up to 0, as runs that are each sorted by user.
+def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, staged: Path, tally: Tally, where: str) -> pl.DataFrame:
+    """Write the clean events, those of earlier builds numbered up to 0, in stretches that are each sorted by user.
 
     Returns number and reason of the bad ones. Raises DataError: there are no events, or none that is usable.
     """
@@ -69,12 +69,12 @@ def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, runs: Path, tally:
         nonlocal read
         read += len(batch.filter(pl.col(ROW) > 0))
         good = batch.filter(pl.col("reason").is_null()).drop("reason").sort("user_id")
-        good.write_parquet(runs / f"{len(bad):06}.parquet", compression="lz4", row_group_size=RUN_ROWS)
+        good.write_parquet(staged / f"{len(bad):06}.parquet", compression="lz4", row_group_size=STRETCH_ROWS)
         bad.append(batch.filter(pl.col("reason").is_not_null()).select(ROW, "reason"))
 
-    runs.mkdir()
+    staged.mkdir()
     with readable(where):
-        pl.concat(rows).sink_batches(put, chunk_size=RUN)
+        pl.concat(rows).sink_batches(put, chunk_size=STRETCH)
     if not read:
         raise DataError(f"{where}: there are no events; name a file that holds some")
     tally.read += read
@@ -105,7 +105,7 @@ def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) 
 class Unsorted:
     """A part of the staged events that is to be sorted."""
 
-    runs: Path
+    staged: Path
     """Folder of the staged events."""
     part: Part
     repeats: str
@@ -130,10 +130,10 @@ class Sorted:
 
 def arrange_part(task: Unsorted) -> Sorted:
     """Write the events of some users sorted by user, then order or time, then as they came."""
-    staged = task.part.of(pl.scan_parquet(task.runs / "*.parquet")).collect(engine="streaming")
-    key = "order" if "order" in staged.columns else "timestamp"
-    rows, later = staged.sort("user_id", key, ROW), staged.head(0)
-    del staged
+    rows = task.part.of(pl.scan_parquet(task.staged / "*.parquet")).collect(engine="streaming")
+    key = "order" if "order" in rows.columns else "timestamp"
+    rows = rows.sort("user_id", key, ROW)
+    later = rows.head(0)
     if task.repeats == "drop":
         rows, later = part_repeats(rows, key)
     times = fill_times(rows)
@@ -148,15 +148,15 @@ def arrange_part(task: Unsorted) -> Sorted:
 
 
 def arrange(
-    runs: Path, path: Path, repeats: str, split: SplitSettings, tally: Tally, report: Report, run: Run
+    staged: Path, path: Path, repeats: str, split: SplitSettings, tally: Tally, report: Report, engine: Engine
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Write the staged events as one table, sorted by user, then order or time, then as they came.
 
     Returns for every item the count of all its events and of those for training, and number and reason of repeated events.
     """
-    staged = pl.scan_parquet(runs / "*.parquet")
-    schema = {name: dtype for name, dtype in staged.collect_schema().items() if name != ROW}
-    tasks = (Unsorted(runs, part, repeats, split, runs / f"{part.number}.sorted") for part in deal(staged))
+    events = pl.scan_parquet(staged / "*.parquet")
+    schema = {name: dtype for name, dtype in events.collect_schema().items() if name != ROW}
+    tasks = (Unsorted(staged, part, repeats, split, staged / f"{part.number}.sorted") for part in divide(events))
     counts = count_items(pl.DataFrame(schema=schema), split)
     repeated: list[pl.DataFrame] = []
     found: dict[str, list[pl.DataFrame]] = {reason: [] for reason in ("unsorted", "filled_time", "raised_time")}
@@ -164,7 +164,7 @@ def arrange(
 
     def parts() -> Iterator[pl.DataFrame]:
         nonlocal counts
-        for done in run(arrange_part, tasks):
+        for done in engine(arrange_part, tasks):
             counts = add_counts(counts, done.counts, "item_id")
             repeated.append(done.repeated)
             for reason, (rows, first) in done.repaired.items():

@@ -13,7 +13,7 @@ import polars as pl
 AT_ONCE = 2**23
 """Events of a part, besides those of one user; tests/benchmarks/features_scale.py measures what memory that takes."""
 SAMPLED = 2**20
-"""Events, evenly spread, by which users are dealt to parts; of fewer, all."""
+"""Events, evenly spread, by which users are divided into parts; of fewer, all."""
 PLACE = "#place"
 """Name of the column that numbers the events, in no one's data."""
 Report = Callable[[int], None]
@@ -35,7 +35,7 @@ class Part:
         return events if self.upto is None else events.filter(pl.col("user_id") <= pl.lit(self.upto))
 
 
-def deal(events: pl.LazyFrame) -> list[Part]:
+def divide(events: pl.LazyFrame) -> list[Part]:
     """All users in the order of their ids, so many a part as have about AT_ONCE events.
 
     Which part a user is in changes no result, so that a sample tells enough.
@@ -54,7 +54,7 @@ def deal(events: pl.LazyFrame) -> list[Part]:
 
 def by_users(events: pl.LazyFrame, report: Report) -> Iterator[pl.DataFrame]:
     """The events of all users, part by part."""
-    for part in deal(events):
+    for part in divide(events):
         found = part.of(events).collect(engine="streaming")
         yield found
         report(len(found))
@@ -72,13 +72,13 @@ Asked = TypeVar("Asked", bound=Task)
 Told = TypeVar("Told")
 
 
-class Run(Protocol):
+class Engine(Protocol):
     """Does tasks, and tells in their order what came of each."""
 
     def __call__(self, work: Callable[[Asked], Told], tasks: Iterable[Asked]) -> Iterator[Told]: ...
 
 
-def run_here(work: Callable[[Asked], Told], tasks: Iterable[Asked]) -> Iterator[Told]:
+def in_turn(work: Callable[[Asked], Told], tasks: Iterable[Asked]) -> Iterator[Told]:
     """One task after the other in this process, each when it is asked for."""
     return map(work, tasks)
 

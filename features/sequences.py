@@ -11,7 +11,7 @@ import polars.selectors as cs
 
 from features.dataset import LIST_ROWS, write_parquet
 from features.events import fill_times
-from features.parts import Part, Report, Run, deal, put_part, take_part
+from features.parts import Engine, Part, Report, divide, put_part, take_part
 from features.split import SplitSettings, in_window, split_ends
 
 
@@ -49,19 +49,21 @@ def place_part(task: Unplaced) -> tuple[Path, dict[str, int]]:
     }
 
 
-def write_sequences(events: Path, items: Path, path: Path, split: SplitSettings, report: Report, run: Run) -> dict[str, int]:
+def write_sequences(
+    events: Path, items: Path, path: Path, split: SplitSettings, report: Report, engine: Engine
+) -> dict[str, int]:
     """Write the sequences of sorted events, of all users who have an event before the end of the test.
 
     Returns the counts of events for train, validation and test; where users are held out, `history`: of their events before
     validation; and where the test ends, `after`: of the events that are in no sequence.
     """
     table = pl.scan_parquet(events)
-    tasks = (Unplaced(events, items, part, split, path.with_name(f"{part.number}.placed")) for part in deal(table))
+    tasks = (Unplaced(events, items, part, split, path.with_name(f"{part.number}.placed")) for part in divide(table))
     counts = dict.fromkeys(("train", "validation", "test"), 0)
     counts |= ({"history": 0} if split.method == "user_holdout" else {}) | ({"after": 0} if split.test_end is not None else {})
 
     def parts() -> Iterator[pl.DataFrame]:
-        for out, more in run(place_part, tasks):
+        for out, more in engine(place_part, tasks):
             for name in counts:
                 counts[name] += more[name]
             yield take_part(out)

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +81,10 @@ def features(
     data: Annotated[Path | None, typer.Option(help="Folder of the raw logs; without it a public set is downloaded.")] = None,
     append: Annotated[bool, typer.Option("--append", help="Join these events to the data set at --out.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="A bad row is an error, not a quarantined one.")] = False,
+    ray: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Compute on the Ray cluster of this node: auto or HOST:PORT; `local` starts one."),
+    ] = "",
     settings: Overrides = None,
 ) -> None:
     """Read raw logs, set bad rows aside, and write histories: a data set.
@@ -88,10 +92,13 @@ def features(
     Example: recsys features ml-1m --data ml-1m --out datasets/ml-1m
     """
     from features.build import build
+    from features.cluster import on_cluster
+    from features.parts import in_turn
     from recsys.terminal import bar
 
-    with bar("events") as progress:
-        manifest = build(data, _recipe(recipe, settings), out, append=append, strict=strict, progress=progress)
+    chosen = _recipe(recipe, settings)
+    with bar("events") as progress, on_cluster(ray) if ray else nullcontext(in_turn) as engine:
+        manifest = build(data, chosen, out, append=append, strict=strict, progress=progress, engine=engine)
     aside = sum(manifest["rows"]["quarantined"].values())
     counted = ", ".join(f"{manifest[what]:,} {what}" for what in ("users", "items", "events"))
     typer.echo(f"{out}: {counted}, {aside:,} rows in quarantine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +33,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("torchrec") and importlib.util.find_spec("torchrec") is None:
         pytest.skip("needs torchrec")
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """Of a Ray cluster of two nodes, each with one CPU."""
+    pytest.importorskip("ray", reason="ray: is not installed")
+    from ray.cluster_utils import Cluster as Nodes
+
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        yield nodes.address
+    finally:
+        nodes.shutdown()
 
 
 SMALL = """

@@ -12,6 +12,7 @@ import pytest
 
 from features.build import build
 from features.dataset import Dataset
+from features.parts import Engine, in_turn
 from recsys.config import Recipe
 
 NOW = 2_000_000_000
@@ -34,15 +35,16 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def build_in() -> Build:
-    """build_in(folder, events, items=…, users=…, append=…, strict=…, **sections) → Dataset, in folder/"out"."""
+    """build_in(folder, events, items=…, users=…, append=…, strict=…, engine=…, **sections) → Dataset, in folder/"out"."""
 
-    def run(
+    def build_from(
         folder: Path,
         *events: pl.DataFrame,
         items: pl.DataFrame | None = None,
         users: pl.DataFrame | None = None,
         append: bool = False,
         strict: bool = False,
+        engine: Engine = in_turn,
         suffix: str = ".parquet",
         split: dict[str, Any] | None = None,
         **data: Any,
@@ -53,7 +55,7 @@ def build_in() -> Build:
             if table is not None:
                 WRITERS[suffix](table, raw / f"{name}{suffix}")
         recipe = Recipe("test", {"data": {"now": NOW, **data}, "split": split or {}})
-        build(raw, recipe, folder / "out", append=append, strict=strict)
+        build(raw, recipe, folder / "out", append=append, strict=strict, engine=engine)
         return Dataset.open(folder / "out")
 
-    return run
+    return build_from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import features.events
 import features.parts
 from features.build import build
 from features.dataset import Dataset
@@ -101,16 +103,34 @@ def test_the_order_of_rows_matters_for_ties_alone(build_in: Build, rows: list[Ro
         assert build_in(Path(folder), events_of(shuffled[:2]), events_of(shuffled[2:])).manifest["hash"] == want
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 1009])
+@pytest.mark.parametrize(
+    ("at_once", "sampled", "stretch", "stretch_rows"),
+    [(1, 10**6, 10**6, 10**6), (7, 61, 1009, 11), (1009, 211, 97, 13), (10**6, 1, 5, 2)],
+)
 def test_how_many_events_are_in_memory_at_once_changes_nothing(
-    at_once: int, folder: Path, build_in: Build, monkeypatch: pytest.MonkeyPatch
+    at_once: int, sampled: int, stretch: int, stretch_rows: int, folder: Path, build_in: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = pl.select(row=pl.int_range(4099)).select(
         user_id=pl.col("row") * 37 % 211, item_id=pl.col("row") ** 2 % 101, timestamp=pl.col("row") * 7919 % 1013
     )
     want = account(build_in(folder, events))
     monkeypatch.setattr(features.parts, "AT_ONCE", at_once)
+    monkeypatch.setattr(features.parts, "SAMPLED", sampled)
+    monkeypatch.setattr(features.events, "STRETCH", stretch)
+    monkeypatch.setattr(features.events, "STRETCH_ROWS", stretch_rows)
     assert account(build_in(folder, events)) == want
+
+
+@pytest.mark.parametrize("sampled", [10**6, 173])
+def test_a_part_has_about_as_many_events_as_are_at_once_in_memory(sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features.parts, "AT_ONCE", 307)
+    monkeypatch.setattr(features.parts, "SAMPLED", sampled)
+    events = pl.select(row=pl.int_range(4099)).select(user_id=(pl.col("row") * 37 % 211).cast(pl.String)).lazy()
+    parts = [part.of(events).collect()["user_id"].to_list() for part in features.parts.deal(events)]
+    assert sorted(user for part in parts for user in part) == sorted(events.collect()["user_id"].to_list())
+    assert all(max(part) < min(later) for part, later in itertools.pairwise(parts))
+    assert max(map(len, parts)) < 2 * 307
+    assert len(parts) < 2 * 4099 / 307
 
 
 def test_a_small_data_set_is_as_known(folder: Path, build_in: Build) -> None:

@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -33,20 +32,6 @@ pytestmark = [
     # Ray's own
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning:ray"),
 ]
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a cluster of two nodes, each with one CPU."""
-    pytest.importorskip("ray", reason="ray: is not installed")
-    from ray.cluster_utils import Cluster as Nodes
-
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        nodes.add_node(num_cpus=1)
-        yield nodes.address
-    finally:
-        nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
