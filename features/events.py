@@ -18,6 +18,8 @@ from recsys.errors import DataError
 
 STRETCH, STRETCH_ROWS = 2**22, 2**15
 """Events that are sorted at once while they are read, and of a row group of them, the least that a part reads of a stretch."""
+WHY = "#reason"
+"""Name of a column of reasons, in no one's data."""
 NOT_BAD = pl.lit(None, REASON)
 
 
@@ -92,9 +94,10 @@ def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) 
     """
     if bad.is_empty():
         return pl.DataFrame()
-    cells = table.select(_text(name, dtype) for name, dtype in table.collect_schema().items())
+    cells = [_text(name, dtype) for name, dtype in table.collect_schema().items()]
+    chosen = number(table).join(bad.lazy().rename({"reason": WHY}), on=ROW)
     with readable(where):
-        rows = bad.lazy().join(number(cells), on=ROW).collect(engine="streaming").sort(ROW)
+        rows = chosen.select(ROW, *cells, reason=WHY).collect(engine="streaming").sort(ROW)
     for reason in rows["reason"].unique(maintain_order=True):
         found = rows.filter(pl.col("reason") == reason)
         tally.add(reason, len(found), found)

@@ -35,7 +35,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs torchrec")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a Ray cluster of two nodes, each with one CPU."""
     pytest.importorskip("ray", reason="ray: is not installed")
