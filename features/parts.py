@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
+from uuid import uuid4
 
 import polars as pl
 
@@ -85,7 +85,7 @@ def in_turn(work: Callable[[Asked], Told], tasks: Iterable[Asked]) -> Iterator[T
 
 def put_part(rows: pl.DataFrame, path: Path) -> None:
     """Write the rows of a part; the file is there when it is whole."""
-    beginning = path.with_name(f"{path.name}.{os.getpid()}")
+    beginning = path.with_name(f"{path.name}.{uuid4().hex}")  # two may write it: a node that was thought lost, and another
     rows.write_ipc(beginning, compression="lz4")
     beginning.replace(path)
 
