@@ -19,7 +19,7 @@ from typing import Any
 from recsys import __version__
 from recsys.errors import BundleError, RecsysError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
 

@@ -38,6 +38,7 @@ CANDIDATES = (50, 100, 200, 400)
 LOOKS = {
     "ivf": ("probes", (8, 16, 32, 64, 128, 256)),
     "ivf_sq8": ("probes", (8, 16, 32, 64, 128, 256)),
+    "ivf_pq": ("probes", (8, 16, 32, 64, 128, 256)),
     "hnsw": ("breadth", (50, 100, 200, 400)),
 }
 """What says how far each kind of index looks, and what is tried; an exact one always looks everywhere."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import os
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from features.dataset import ATTRIBUTE
 from recsys.batch import FIRST_ITEM, Sequences
 from recsys.errors import RequestError
-from serving.filters import Attributes
+from serving.filters import CATEGORIES, Attributes
+from serving.names import NAMES, REMOVED, Names
 
 if TYPE_CHECKING:
     import polars as pl
@@ -25,30 +29,33 @@ if TYPE_CHECKING:
 Find = Callable[[int | str], int | None]
 """Turns a word of the user into an item row, or None."""
 ITEMS = "items.parquet"
-REMOVED = "removed"
-"""Column of the items' table of a bundle from which items were taken out: they are read in histories, never recommended."""
 NEAREST_AMONG = 20_000
 """Most popular items among which near titles are looked for, in about .1 s."""
 
 
 class Catalogue:
-    """Every item by row; read when first asked for."""
+    """Every item by row. Of a bundle, what requests need lies beside the items' table, and is read where it lies."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @cached_property
-    def items(self) -> pl.DataFrame:
-        import polars as pl
+    def names(self) -> Names:
+        """Ids, titles, events and removals."""
+        stored = self.path.with_name(NAMES)
+        return Names.load(stored) if stored.is_file() else Names.of(self._read(("item_id", "title", "events", REMOVED)))
 
-        return pl.read_parquet(self.path, columns=["row", "item_id", "title", "events"])
+    @cached_property
+    def items(self) -> pl.DataFrame:
+        """The ids, as tables are joined by."""
+        return self._read(("row", "item_id"))
 
     @cached_property
     def table(self) -> pl.DataFrame:
         """All columns of the items' table, and whether an item was removed."""
         import polars as pl
 
-        table = pl.read_parquet(self.path)
+        table = self._read()
         return table if REMOVED in table.columns else table.with_columns(pl.lit(False).alias(REMOVED))
 
     @property
@@ -58,53 +65,70 @@ class Catalogue:
 
         return described(self.table)
 
-    @cached_property
+    @property
     def removed(self) -> Tensor:
         """Whether an item was taken out of what may be recommended; bool."""
-        return torch.tensor(self.table[REMOVED].to_numpy())
+        return self.names.removed_V
 
     @cached_property
     def attributes(self) -> Attributes:
         """What requests may filter items by."""
-        return Attributes(self.table)
+        return Attributes(self._read(lambda name: name == CATEGORIES or name.startswith(ATTRIBUTE)))
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.names)
 
     def complete(self) -> None:
-        """Read now what is else read when it is first asked for."""
-        for name, part in vars(type(self)).items():
-            if isinstance(part, cached_property):
-                getattr(self, name)
+        """Hold the files, so that what is read when it is first asked for is theirs, also where others stand in their place."""
+        _ = self.names, self._file
 
     @cached_property
-    def item_ids(self) -> list[int | str]:
+    def _file(self) -> int:
+        """The items' table, open while this lives."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def _read(self, wanted: Collection[str] | Callable[[str], bool] = lambda name: True) -> pl.DataFrame:
+        """The columns of these names that the items' table has."""
+        import polars as pl
+
+        chosen = wanted if callable(wanted) else wanted.__contains__
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            return pl.read_parquet(file, columns=[*filter(chosen, pl.read_parquet_schema(file))])
+
+    def told(self, row: int) -> dict[str, Any]:
+        """All that the items' table says of one item."""
+        import polars as pl
+
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            return pl.scan_parquet(file).slice(row - FIRST_ITEM, 1).collect().row(0, named=True)
+
+    @property
+    def item_ids(self) -> Sequence[int | str]:
         """As in the input; entry i belongs to row FIRST_ITEM + i."""
-        return self.items["item_id"].to_list()
+        return self.names.item_ids
 
-    @cached_property
-    def titles(self) -> list[str]:
-        """As item_ids; an item without a title is called by its id."""
-        return [title or str(item_id) for title, item_id in zip(self.items["title"].to_list(), self.item_ids, strict=True)]
-
-    @cached_property
+    @property
     def events(self) -> Tensor:
         """Training events of each item, float32."""
-        return torch.tensor(self.items["events"].to_numpy(), dtype=torch.float32)
+        return self.names.events_V
 
     def item_id(self, row: int) -> int | str:
         return self.item_ids[row - FIRST_ITEM]
 
     def title(self, row: int) -> str:
-        return self.titles[row - FIRST_ITEM]
+        """What an item is called: its id where it has no title."""
+        return self.names.title(row - FIRST_ITEM)
 
     def by_id(self, item_id: int | str) -> int | None:
         """The row of an item id, as in the input or as text."""
-        return self._rows_by_id.get(str(item_id))
+        return self._rows_of_ids([item_id])[0]
 
     def by_title(self, title: int | str) -> int | None:
         """The row of a title as it stands, else without regard to case; of several items, the most popular."""
-        return self._rows_by_title.get(str(title), self._rows_by_folded.get(str(title).casefold()))
+        line = self.names.of_title(str(title))
+        return None if line is None else line + FIRST_ITEM
 
     def by_either(self, text: int | str) -> int | None:
         """The row of an item id, else of a title."""
@@ -123,7 +147,7 @@ class Catalogue:
         Raises RequestError: a word is no item, and there is no list `unknown` to add it to; the nearest titles are named.
         """
         words = list(words)
-        found = [*map(self._rows_by_id.get, map(str, words))] if find == self.by_id else [*map(find, words)]
+        found = self._rows_of_ids(words) if find == self.by_id else [*map(find, words)]
         if None in found:
             strange = [word for word, row in zip(words, found, strict=True) if row is None]
             if unknown is None:
@@ -161,23 +185,17 @@ class Catalogue:
         import polars as pl
 
         mine = self.items.select("item_id", own=pl.col("row").cast(pl.Int64))
+        if item_ids.equals(mine["item_id"], check_dtypes=True):
+            return mine["own"]
         words = item_ids.alias("item_id").to_frame()
         if words.schema["item_id"] != mine.schema["item_id"]:
             words, mine = words.cast({"item_id": pl.String}), mine.cast({"item_id": pl.String})
         return words.join(mine, on="item_id", how="left", maintain_order="left")["own"]
 
-    @cached_property
-    def _rows_by_id(self) -> dict[str, int]:
-        return {str(item_id): row for row, item_id in enumerate(self.item_ids, FIRST_ITEM)}
-
-    @cached_property
-    def _rows_by_title(self) -> dict[str, int]:
-        return {title: row for row, title in reversed(list(enumerate(self.titles, FIRST_ITEM)))}  # the first one stays
-
-    @cached_property
-    def _rows_by_folded(self) -> dict[str, int]:
-        return {title.casefold(): row for row, title in reversed(list(enumerate(self.titles, FIRST_ITEM)))}
+    def _rows_of_ids(self, words: Sequence[int | str]) -> list[int | None]:
+        return [None if line is None else line + FIRST_ITEM for line in self.names.of_ids([*map(str, words)])]
 
     @cached_property
     def _near(self) -> dict[str, str]:
-        return {title.casefold(): title for title in self.titles[:NEAREST_AMONG]}
+        titles = map(self.names.title, range(min(len(self), NEAREST_AMONG)))
+        return {title.casefold(): title for title in titles}

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch
 from recsys.bundle import MANIFEST, Directory, open_directory
@@ -39,15 +39,17 @@ from recsys.model import model_from
 from recsys.ranker import Known, Look, ranker_from
 from serving.calibration import Calibration
 from serving.catalogue import ITEMS, Catalogue, Find
+from serving.directions import Directions
 from serving.filters import allowed_lines, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
 from serving.lists import Lists, ordered
+from serving.popularity import Popularity
 from serving.ranking import ServingSettings, candidates, chosen_blocks, listed, of_rows, rank
 from serving.reader import MODEL_GRAPH, POSITIONS, GraphRanker, GraphReader, Seen, asked_at, ranker_file
 from serving.retrieval import QUERIES, find, find_one, products, taken
+from serving.vectors import LONGEST, VECTORS, item_vectors, read_vectors
 
 Array = np.ndarray[Any, Any]
-VECTORS = "vectors.safetensors"
 TOKENS = 2048
 """Padded events encoded at once: what stays in a core's cache; 16,384 are 2 to 30 % slower."""
 
@@ -75,13 +77,13 @@ class Recommender:
         self.model = model_from(directory, device).eval().requires_grad_(False)
         self.leave = _leave(self.manifest, DepthSettings(**self.manifest["recipe"].get(DepthSettings.section, {})))
         bundle = self.manifest["kind"] == "bundle"
-        vectors_VE = read_vectors(directory.path).to(device) if bundle else self.model.item_vectors()
+        vectors_VE = read_vectors(directory.path).to(device) if VECTORS in self.manifest["files"] else item_vectors(self.model)
         if len(vectors_VE) != self.model.lines:
             raise BundleError(
                 f"{directory.path}: {len(vectors_VE)} item vectors, the model knows {self.model.lines} items; export it again"
             )
-        self.scan = Scan(vectors_VE)
-        self.popularity = Scan(self.catalogue.events[: self.lines, None].to(device))  # for a state of 1, the score is the count
+        self.scan = Scan(vectors_VE, self.manifest.get(LONGEST))
+        self.popularity = Popularity(self.catalogue.events[: self.lines])
         self.ranker = ranker_from(directory, self.model, device)
         if self.ranker is not None:
             self.ranker.eval().requires_grad_(False)
@@ -99,15 +101,17 @@ class Recommender:
             if self.ranker is not None:
                 for depth in range(1, 1 + self.ranker.settings.blocks):
                     self._graph_rankers[depth] = GraphRanker(self.ranker, self.known, directory.path / ranker_file(depth))
-        rows = torch.arange(FIRST_ITEM + len(self.catalogue) + 1, device=device)  # the last stands for all behind the catalogue
-        self._read_R = self.model.reads(rows).cpu().numpy()
-        live_V = self.model.known_V.cpu() & ~self.catalogue.removed[: self.lines]
+        content = self.model.content
+        self._some_R = None if content is None else content.some_R.cpu().numpy()
+        live_V = ~self.catalogue.removed[: self.lines]
+        if content is not None:
+            live_V &= self.model.known_V.cpu()
         self.live_V = None if bool(live_V.all()) else live_V
         self.searcher: Searcher = self.scan
         if bundle and not exact:
             settings = IndexSettings(**self.manifest["recipe"][IndexSettings.section])
             kind, (items, width) = self.manifest["index"]["kind"], vectors_VE.shape
-            self.searcher = Index.load(directory.path / INDEX, kind, settings, (items, width), threads)
+            self.searcher = Index.load(directory.path / INDEX, kind, settings, (items, width), threads, mapped=True)
 
     @classmethod
     def load(
@@ -128,7 +132,6 @@ class Recommender:
     def complete(self) -> Recommender:
         """Itself, with all read from its files that is else read when it is first asked for: they may be replaced now."""
         self.catalogue.complete()
-        _ = self.directions
         with suppress(SetupError):  # without its encoder a bundle recommends, and does not explain words
             _ = self.encoder
         return self
@@ -245,8 +248,10 @@ class Recommender:
             every = len(chosen) == len(histories)
             hidden = (histories if every else taken(histories, chosen)) if filter_seen else None
             if popular:
-                ones = states_BE.new_ones(len(chosen), 1)
-                rows_BK[chosen], scores_BK[chosen] = find(self.popularity, self.popularity, ones, k, hidden, allowed_V)
+                for place in chosen.tolist():
+                    seen = {*taken(histories, torch.tensor([place])).values.tolist()} if filter_seen else set()
+                    best = self.popularity.best(k, seen, allowed_V)
+                    rows_BK[place], scores_BK[place] = (torch.from_numpy(part) for part in best)
                 continue
             own_BE, own = (states_BE, look) if every else (states_BE[chosen], look and look.take(chosen))
             rows_BN, scores_BN = find(self.searcher, self.scan, own_BE, named, hidden, allowed_V)
@@ -278,7 +283,7 @@ class Recommender:
             there = times <= now
             values, times = values[there], times[there]
         last = values[-self.model.readable_events :]
-        if not self._read_R.take(np.minimum(last, len(self._read_R) - 1)).any():
+        if not self.reads(last).any():
             return None
         span = self._span
         at_1 = None if now is None else np.array([now])
@@ -317,11 +322,12 @@ class Recommender:
         line = row - FIRST_ITEM
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
-        if not 0 <= line < self.lines or not self._read_R[row]:
+        if not 0 <= line < self.lines or not self.reads(np.array([row]))[0]:
             raise RequestError(f"the model knows nothing of item {self.catalogue.item_id(row)!r}, so nothing is like it")
         allowed_V = self._allowed([*deny, row], allow, where)
         ways = self.directions
-        rows_1K, cosines_1K = find(ways, ways, ways.vectors_VE[line : line + 1], k, None, allowed_V)
+        own_1E = torch.from_numpy(ways.at(np.array([line]))).to(ways.vectors_VE.device)
+        rows_1K, cosines_1K = find(ways, ways, own_1E, k, None, allowed_V)
         found = zip(rows_1K[0].tolist(), cosines_1K[0].tolist(), strict=True)
         return [(near, cosine) for near, cosine in found if near != PADDING]
 
@@ -330,7 +336,7 @@ class Recommender:
         """Item vectors of length 1."""
         if self.model.settings.similarity == "cosine":
             return self.scan
-        return Scan(normalize(self.scan.vectors_VE, dim=1))
+        return Directions(self.scan.vectors_VE)
 
     @torch.inference_mode()
     def score(
@@ -531,9 +537,9 @@ class Recommender:
 
     def _named_items(self, rows_K: Array, scores_K: Array) -> list[dict[str, Any]]:
         """The places of a list."""
-        item_ids, titles = self.catalogue.item_ids, self.catalogue.titles
+        catalogue = self.catalogue
         return [
-            {"rank": rank, "item_id": item_ids[row - FIRST_ITEM], "title": titles[row - FIRST_ITEM], "score": score}
+            {"rank": rank, "item_id": catalogue.item_id(row), "title": catalogue.title(row), "score": score}
             for rank, (row, score) in enumerate(zip(rows_K.tolist(), scores_K.tolist(), strict=True), 1)
             if row != PADDING
         ]
@@ -585,13 +591,20 @@ class Recommender:
         meeting_V = self.catalogue.attributes.meeting(where) if where else None
         return allowed_lines(self.lines, deny, allow, self.live_V, None if meeting_V is None else meeting_V[: self.lines])
 
+    def reads(self, rows: Array) -> Array:
+        """Whether the model knows anything of item rows, as SequenceModel.reads; bool, same shape."""
+        known: Array = (rows >= FIRST_ITEM) & (rows < FIRST_ITEM + self.model.ids)
+        if self._some_R is not None:
+            known |= self._some_R.take(np.where(rows < len(self._some_R), rows, UNKNOWN))
+        return known
+
     def _known(self, histories: Batch) -> Array:
         """True where the events that the model reads hold an item that it knows; bool, shape B."""
         if len(histories) == 1:
             last = histories.values[-self.model.readable_events :].cpu().numpy()
-            return np.array([self._read_R.take(np.minimum(last, len(self._read_R) - 1)).any()])
+            return np.array([self.reads(last).any()])
         read = self.model.readable(histories)
-        known_N = self._read_R.take(np.minimum(read.values.cpu().numpy(), len(self._read_R) - 1))
+        known_N = self.reads(read.values.cpu().numpy())
         return np.bincount(read.owners.cpu().numpy()[known_N], minlength=len(read)) > 0
 
 
@@ -628,10 +641,3 @@ def _leave(manifest: Mapping[str, Any], settings: DepthSettings) -> list[float]:
             "depth.blocks is set, and the model has no measured exits; train with model.early_exit=true and a validation split"
         )
     return list(max(curve, key=lambda line: float(line["blocks"]))["leave"])
-
-
-def read_vectors(path: Path) -> Tensor:
-    """Placed item vectors of a bundle, shape items × E."""
-    from safetensors.torch import load_file
-
-    return load_file(path / VECTORS)["vectors"]

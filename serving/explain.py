@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -130,8 +131,7 @@ def explain(
         raise RequestError("the model knows nothing of this history, so popularity made the list; give an item that was learnt")
     if row == PADDING:
         raise RequestError("no item is left to recommend; name one to explain")
-    known_V = recommender.model.known_V
-    if row - FIRST_ITEM >= len(known_V) or not bool(known_V[row - FIRST_ITEM]):
+    if row - FIRST_ITEM >= recommender.lines or not recommender.reads(np.array([row]))[0]:
         raise RequestError(f"the model knows nothing of item {str(item)!r}, so nothing carried it; name another")
     read, before = _as_read(recommender, batch, now)
     found = _measure(recommender, read, row, now, generator)
@@ -185,15 +185,15 @@ def nearest_events(recommender: Recommender, histories: Batch, lists: Lists) -> 
     """
     import polars as pl
 
-    ways_VE, rows = recommender.directions.vectors_VE, []
+    ways, rows = recommender.directions, []
     for place, history in enumerate(torch.tensor_split(histories.values, histories.offsets[1:-1])):
         listed = lists.rows[place][lists.rows[place] != PADDING]
-        known = history[(history >= FIRST_ITEM) & (history < FIRST_ITEM + len(ways_VE))]
+        known = history[(history >= FIRST_ITEM) & (history < FIRST_ITEM + recommender.lines)]
         if bool(lists.popular[place]) or not len(known):
             rows.append(torch.zeros_like(listed))
             continue
-        cosines_KT = ways_VE[listed - FIRST_ITEM] @ ways_VE[known - FIRST_ITEM].T
-        rows.append(known[cosines_KT.argmax(1).cpu()])
+        listed_KE, known_TE = (ways.at((some - FIRST_ITEM).numpy()) for some in (listed, known))
+        rows.append(known[torch.from_numpy((listed_KE @ known_TE.T).argmax(1))])
     rows_N = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
     item_ids = recommender.catalogue.items["item_id"].gather((rows_N - FIRST_ITEM).clamp(min=0).numpy())
     return item_ids.alias("because").set(pl.Series((rows_N == PADDING).numpy()), None)

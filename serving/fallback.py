@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from recsys.batch import FIRST_ITEM
+from recsys.batch import FIRST_ITEM, PADDING
 from recsys.bundle import MANIFEST
 from recsys.errors import DataError, SetupError
 from serving.nights import LIVE, Night, Nights, lists_file, shard_of
@@ -231,8 +231,8 @@ def nightly(
 ) -> list[tuple[int, float]]:
     """Rows and scores of a list's first k items that this bundle knows and may recommend."""
     found: list[tuple[int, float]] = []
-    for item_id, score in listed:
-        row = recommender.catalogue.by_id(item_id)
+    rows = recommender.catalogue.rows([item_id for item_id, _ in listed], recommender.catalogue.by_id, [])
+    for row, (_, score) in zip(rows, listed, strict=True):
         if row is None or row in seen or row - FIRST_ITEM >= recommender.lines:
             continue
         if allowed_V is not None and not allowed_V[row - FIRST_ITEM]:
@@ -244,13 +244,6 @@ def nightly(
 
 
 def popular(recommender: Recommender, k: int, allowed_V: torch.Tensor | None, seen: set[int]) -> list[tuple[int, float]]:
-    """Rows of the k items with the most training events that may be recommended, and how many; rows stand in that order."""
-    lines = range(recommender.lines) if allowed_V is None else np.flatnonzero(allowed_V.numpy()[: recommender.lines])
-    found: list[tuple[int, float]] = []
-    for line in lines:
-        row = int(line) + FIRST_ITEM
-        if row not in seen:
-            found.append((row, float(recommender.catalogue.events[int(line)])))
-            if len(found) == k:
-                break
-    return found
+    """Rows of the k items with the most training events that may be recommended, and how many."""
+    rows, counts = recommender.popularity.best(k, seen, allowed_V)
+    return [(row, count) for row, count in zip(rows.tolist(), counts.tolist(), strict=True) if row != PADDING]

@@ -22,21 +22,33 @@ from torch.nn.functional import pad
 
 from recsys.config import Settings
 from recsys.errors import BundleError, SetupError
+from serving.vectors import BLOCK
 
 INDEX = "index.faiss"
 POINTS = 39
 """Items that FAISS wants to see for each IVF list while it learns the lists."""
+CODES = 256
+"""Codes of a byte."""
+LISTS = 8192
+"""Most IVF lists: to learn them and to find the list of each of 10M items takes time that grows with items × lists."""
+SAMPLED = 64
+"""Items for each IVF list by which the lists are learnt, where there are more."""
 GPU_CANDIDATES = 2048
 """Most candidates that a FAISS GPU index returns."""
 
-INDEXES: dict[str, Callable[[int], str]] = {
-    "exact": lambda items: "Flat",
-    "ivf": lambda items: f"IVF{lists(items)},SQfp16",
-    "ivf_sq8": lambda items: f"IVF{lists(items)},SQ8",
-    "hnsw": lambda items: "HNSW32,Flat",
+INDEXES: dict[str, Callable[[int, int], str]] = {
+    "exact": lambda items, width: "Flat",
+    "ivf": lambda items, width: f"IVF{lists(items)},SQfp16",
+    "ivf_sq8": lambda items, width: f"IVF{lists(items)},SQ8",
+    "ivf_pq": lambda items, width: f"IVF{lists(items)},{codes(items, width)}",
+    "hnsw": lambda items, width: "HNSW32,Flat",
 }
-"""FAISS factory strings by kind and count of items. 1M items of width 64 with default settings, k = 100: ivf recall .998,
-.5 ms, 137 MB; ivf_sq8 .986, .4 ms, 73 MB; hnsw .989, .9 ms, 528 MB; exact 1, 12 ms, 256 MB (one thread, Zen 4)."""
+"""FAISS factory strings by kind, items and width. 1M items of width 64 with default settings, k = 100: ivf recall .998, .5 ms,
+137 MB; ivf_sq8 .986, .4 ms, 73 MB; hnsw .989, .9 ms, 528 MB; exact 1, 12 ms, 256 MB (one thread, Zen 4)."""
+MARGINS = {"ivf_pq": 384}
+"""Candidates beyond k that are scored exactly, by kind of index."""
+MARGIN = 16
+"""Of the other kinds, which round less."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,11 @@ class IndexSettings(Settings):
     section: ClassVar[str] = "index"
 
     kind: str = "auto"
-    """exact, ivf, ivf_sq8, hnsw, or auto: exact up to `exact_items`, then ivf."""
+    """exact, ivf, ivf_sq8, ivf_pq, hnsw, or auto: exact up to `exact_items`, then ivf."""
     exact_items: int = 200_000
     """Most items that auto searches exactly; an exact search takes about 1 ms for every 100,000 items of width 64."""
     probes: int = 128
-    """Lists that ivf and ivf_sq8 search for a query, of about 4 √items."""
+    """Lists that ivf, ivf_sq8 and ivf_pq search for a query, of about 4 √items."""
     breadth: int = 400
     """Candidates that hnsw keeps while it walks its graph."""
 
@@ -73,6 +85,8 @@ class Searcher(Protocol):
 
     exact: bool
     """Whether what is found is all there is, up to float32 rounding."""
+    margin: int
+    """Candidates beyond those that are wanted which are scored exactly, where it is not exact."""
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Lines (int64) and scores of the n best allowed items, best first, shape B × n; -1 and -inf where none is left."""
@@ -86,13 +100,25 @@ class Searcher(Protocol):
 class Scan:
     """Exact search by one matrix product: for runs, for few allowed items, and where an index finds too few."""
 
-    exact = True
+    exact, margin = True, MARGIN
 
-    def __init__(self, vectors_VE: Tensor) -> None:
+    def __init__(self, vectors_VE: Tensor, longest: float | None = None) -> None:
+        """`longest` is the length of the longest vector, where it is known."""
         self.vectors_VE = vectors_VE
         self.vectors: np.ndarray[Any, Any] = vectors_VE.cpu().numpy()
-        self.longest = float(vectors_VE.norm(dim=1).max())
+        self._longest = longest
         self._own = threading.local()
+
+    @cached_property
+    def longest(self) -> float:
+        """Length of the longest vector."""
+        if self._longest is not None:
+            return self._longest
+        return max(float(part.norm(dim=1).max()) for part in torch.split(self.vectors_VE, BLOCK))
+
+    def at(self, lines: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The vectors of lines, a further axis E."""
+        return self.vectors.take(lines, axis=0)
 
     @property
     def marks(self) -> np.ndarray[Any, Any]:
@@ -107,13 +133,17 @@ class Scan:
         if allowed_V is not None and 8 * np.count_nonzero(allowed_V.numpy()) < len(allowed_V):  # else reading all beats copying
             lines_V = torch.from_numpy(np.flatnonzero(allowed_V.numpy())).to(vectors_VE.device)
             vectors_VE, allowed_V = vectors_VE.index_select(0, lines_V), None
-        scores_BV = states_BE @ vectors_VE.T
+        scores_BV = self._scores(states_BE, vectors_VE, lines_V)
         if allowed_V is not None:  # added, which is 20 times faster than filling every line of scores
             scores_BV += torch.zeros(len(allowed_V)).masked_fill_(~allowed_V, -torch.inf).to(scores_BV.device)
         scores_BN, lines_BN = scores_BV.topk(min(n, len(vectors_VE)), dim=1)
         lines_BN = (lines_BN if lines_V is None else lines_V[lines_BN]).masked_fill(scores_BN == -torch.inf, -1)
         short = n - lines_BN.shape[1]
         return pad(lines_BN, (0, short), value=-1), pad(scores_BN, (0, short), value=-torch.inf)
+
+    def _scores(self, states_BE: Tensor, vectors_VE: Tensor, lines_V: Tensor | None) -> Tensor:
+        """Of vectors, which are those of `lines_V`, or all; shape B × V."""
+        return states_BE @ vectors_VE.T
 
     def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         lines_BN, scores_BN = self.search(torch.from_numpy(states_BE).to(self.vectors_VE.device), n)
@@ -125,7 +155,8 @@ class Index:
 
     def __init__(self, index: Any, kind: str, settings: IndexSettings, threads: int | None = None) -> None:
         self.kind, self.settings, self.threads = kind, settings, threads
-        self.exact = kind == "exact"
+        self.exact, self.margin = kind == "exact", MARGINS.get(kind, MARGIN)
+        self._mapped = False
         self._index, self._gpu = index, None if kind == "hnsw" else _on_gpu(index)
 
     @classmethod
@@ -134,16 +165,29 @@ class Index:
         faiss = _faiss()
         items, width = vectors_VE.shape
         kind = settings.chosen(items)
-        index = faiss.index_factory(width, INDEXES[kind](items), faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, INDEXES[kind](items, width), faiss.METRIC_INNER_PRODUCT)
         built = cls(index, kind, settings, threads)
+        if hasattr(index, "pq"):
+            index.pq.cp.min_points_per_centroid = 1  # codes that few have taught are scored again anyway
+        wanted = min(items, max(SAMPLED * lists(items), SAMPLED * CODES))
+        sample_NE = vectors_VE if wanted == items else vectors_VE[torch.arange(wanted) * items // wanted]
         with built._many_threads():
-            index.train(vectors_VE.float().contiguous().numpy())
+            index.train(sample_NE.float().contiguous().numpy())
         built.append(vectors_VE)
         return built
 
     @classmethod
-    def load(cls, path: Path, kind: str, settings: IndexSettings, shape: tuple[int, int], threads: int | None = None) -> Index:
-        """Read an index whose hash was checked before.
+    def load(
+        cls,
+        path: Path,
+        kind: str,
+        settings: IndexSettings,
+        shape: tuple[int, int],
+        threads: int | None = None,
+        *,
+        mapped: bool = False,
+    ) -> Index:
+        """Read an index whose hash was checked before; with `mapped` where it lies, so that it cannot change.
 
         Raises BundleError: no index, or one of other items than `shape` (items, width).
         """
@@ -154,7 +198,8 @@ class Index:
         try:
             for name in limits:  # no array and no list in a file is longer than the file
                 getattr(faiss, f"set_deserialization_{name}")(bytes_)
-            index = faiss.read_index(str(path))
+            flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | (faiss.IO_FLAG_MMAP_IFC if mapped else 0)  # the table is of L2 alone
+            index = faiss.read_index(str(path), flags)
         except RuntimeError:
             raise BundleError(f"{path}: FAISS cannot read it; export the bundle again") from None
         finally:
@@ -163,7 +208,9 @@ class Index:
         if (index.ntotal, index.d) != shape:
             found = (index.ntotal, index.d)
             raise BundleError(f"{path}: items and width are {found}, the model's {shape}; export the bundle again")
-        return cls(index, kind, settings, threads)
+        loaded = cls(index, kind, settings, threads)
+        loaded._mapped = mapped
+        return loaded
 
     def searching(self, settings: IndexSettings) -> Index:
         """The same index, searched by other `probes` and `breadth`."""
@@ -178,12 +225,19 @@ class Index:
 
     def refill(self, vectors_VE: Tensor) -> None:
         """Hold these items in the place of all others; nothing is trained again."""
+        self._require_own()
         self._index.reset()
         self._fill(vectors_VE)
 
+    def _require_own(self) -> None:
+        if self._mapped:  # FAISS would end the process
+            raise RuntimeError("an index that is read where it lies cannot change; load it without `mapped`")
+
     def _fill(self, vectors_VE: Tensor) -> None:
+        self._require_own()
         with self._many_threads():
-            self._index.add(vectors_VE.float().contiguous().numpy())
+            for part_NE in torch.split(vectors_VE, BLOCK):
+                self._index.add(part_NE.float().contiguous().numpy())
         self._gpu = None if self.kind == "hnsw" else _on_gpu(self._index)
 
     @contextmanager
@@ -231,7 +285,7 @@ class Index:
         faiss, chosen = _faiss(), dict[str, Any]()
         if allowed_V is not None:
             chosen["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed_V.cpu().numpy(), bitorder="little"))
-        if self.kind in ("ivf", "ivf_sq8"):
+        if self.kind.startswith("ivf"):
             return faiss.SearchParametersIVF(nprobe=self.settings.probes, **chosen)
         if self.kind != "hnsw":
             return faiss.SearchParameters(**chosen)
@@ -243,9 +297,17 @@ class Index:
 
 
 def lists(items: int) -> int:
-    """IVF lists for so many items: the power of two nearest to 4 √items, fewer where there are too few items to learn them."""
+    """IVF lists for so many items: the power of two nearest to 4 √items, at most LISTS, and no more than items can teach."""
     learnable = int(math.log2(max(1.0, items / POINTS)))
-    return 1 << min(round(math.log2(4 * math.sqrt(items))), learnable)
+    return min(LISTS, 1 << min(round(math.log2(4 * math.sqrt(items))), learnable))
+
+
+def codes(items: int, width: int) -> str:
+    """A byte for every two numbers, or for each of an odd width, learnt without an order that no search uses (np).
+
+    Of scalars where there are fewer items than codes.
+    """
+    return f"PQ{width // 2 if width % 2 == 0 else width}x8np" if items >= CODES else "SQ8"
 
 
 def _faiss() -> Any:

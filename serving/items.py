@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from features.dataset import described, write_parquet
 from features.download import cache_folder
@@ -21,11 +22,12 @@ from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import BundleError, DataError, RequestError
 from recsys.model import ModelSettings, model_from
 from recsys.text import Progress
-from serving.catalogue import ITEMS, REMOVED, Catalogue
-from serving.engine import VECTORS, read_vectors
+from serving.catalogue import ITEMS, Catalogue
 from serving.export import NOISY, measure_index, noisy
 from serving.golden import renew
-from serving.index import INDEX, Index, IndexSettings
+from serving.index import INDEX, Index, IndexSettings, Scan
+from serving.names import NAMES, REMOVED, Names
+from serving.vectors import LONGEST, VECTORS, read_vectors, write_vectors
 
 if TYPE_CHECKING:
     import polars as pl
@@ -117,13 +119,14 @@ def _change(
             index.append(vectors_VE[len(before_VE) :])
         writers: dict[str, Writer] = {
             CONTENT: content.save,
-            VECTORS: lambda path: save_file({"vectors": vectors_VE.contiguous()}, path),
+            VECTORS: partial(write_vectors, vectors_VE),
             INDEX: index.write,
         }
         known = new.some_V | (places < model.ids)
         counts = {verb: len(items), "unknown": int((~known).sum())}
         table = _joined(catalogue.table, items, lines, revived=verb == "added")
-        return _publish(directory, out or bundle, table, writers, counts, _measured(index, vectors_VE, directory))
+        found = {"index": _measured(index, vectors_VE, directory), LONGEST: Scan(vectors_VE).longest}
+        return _publish(directory, out or bundle, table, writers, counts, found)
 
 
 @contextmanager
@@ -205,8 +208,7 @@ def _publish(
     table: pl.DataFrame,
     writers: dict[str, Writer],
     counts: dict[str, int],
-    index: dict[str, Any] | None = None,
+    found: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    items: dict[str, Writer] = {ITEMS: lambda path: write_parquet([table], table.schema, path)}
-    changes = {"index": index or directory.manifest["index"], "changes": counts}
-    return renew(directory, out, {**items, **writers}, changes).manifest
+    items: dict[str, Writer] = {ITEMS: lambda path: write_parquet([table], table.schema, path), NAMES: Names.of(table).save}
+    return renew(directory, out, {**items, **writers}, {**found, "changes": counts}).manifest

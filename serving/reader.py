@@ -127,7 +127,7 @@ class GraphReader:
         self._past = [name for name in self._inputs if name.startswith(("keys_", "values_"))]
         self._made = [f"all_{name}" for name in self._past]
         self._heads, self._width = settings.heads, settings.embedding_size // settings.heads
-        self._events = _event_parts(model)
+        self._events, self._scale = _event_parts(model), np.float32(settings.embedding_size**0.5)
         self._last_row = len(self._events) - 1
         self._unknown = model.fusion is None
         self._places, self._gaps, self._asked_gaps = (
@@ -220,6 +220,7 @@ class GraphReader:
         rows_BQ, at_Q = seen.rows_BT[:, start:], np.arange(start, seen.rows_BT.shape[1])
         rows_BQ = np.where(rows_BQ > self._last_row, UNKNOWN, rows_BQ) if self._unknown else np.minimum(rows_BQ, self._last_row)
         x_BQE: Array = self._events.take(rows_BQ, axis=0)
+        x_BQE *= self._scale
         if self._places is not None:
             x_BQE += self._places.take(np.minimum(at_Q, len(self._places) - 1), axis=0)
         if self._gaps is not None:
@@ -380,12 +381,11 @@ def _ranks(scores_BN: Array) -> Array:
 
 
 def _event_parts(model: SequenceModel) -> Array:
-    """What an event's item is to the model, by row, in the measure of its states; the last row stands for those behind it."""
-    scale = model.settings.embedding_size**0.5
+    """What an event's item is to the model, by row; the last row stands for those behind it."""
     if model.fusion is None or model.content is None:
-        return model.table.weight.detach().mul(scale).numpy()
+        return model.table.weight.detach().numpy()
     rows = torch.arange(1 + FIRST_ITEM + max(model.items, model.content.items))
-    return torch.cat([model.fused(part, None) * scale for part in torch.split(rows, ROWS)]).numpy()
+    return torch.cat([model.fused(part, None) for part in torch.split(rows, ROWS)]).numpy()
 
 
 def _back(states_RE: Array, own: int, span: int) -> Array:

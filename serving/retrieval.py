@@ -23,8 +23,6 @@ from serving.lists import ordered
 
 QUERIES = 16
 """Histories searched at once; from 20 on FAISS takes other kernels, which round otherwise."""
-MARGIN = 16
-"""Candidates beyond k that are scored exactly, where an index found them by rounded vectors."""
 FEW = 50_000
 """Allowed items up to which they are searched exactly, in at most 3 ms of width 64, and nothing is missed: of so many among
 1,000,000, ivf finds 95 % of the best 100."""
@@ -46,7 +44,7 @@ def find(
     alike: dict[int, list[int]] = {}
     for place, lines in enumerate(seen):
         if len(lines) <= LONG:
-            alike.setdefault(_depth(k + MARGIN + len(lines), items), []).append(place)
+            alike.setdefault(_depth(k + searcher.margin + len(lines), items), []).append(place)
             continue
         unseen_V = allowed_lines(items, torch.from_numpy(lines + FIRST_ITEM), None, allowed_V)
         found = find(searcher, scan, states_BE[place : place + 1], k, None, unseen_V)
@@ -69,9 +67,9 @@ def find_one(
         batch = Batch(hidden, torch.tensor([0, len(hidden)]), hidden)
         found = find(searcher, scan, torch.from_numpy(state_1E), k, batch, allowed_V)
         return found[0][0].numpy(), found[1][0].numpy()
-    n = _depth(k + MARGIN + len(seen), len(scan.vectors))
+    n = _depth(k + searcher.margin + len(seen), len(scan.vectors))
     own = [_inside(seen, len(scan.vectors))]
-    settled_1, rows_1K, scores_1K = _settle(searcher.exact, scan, state_1E, *searcher.near(state_1E, n), own, k)
+    settled_1, rows_1K, scores_1K = _settle(searcher, scan, state_1E, *searcher.near(state_1E, n), own, k)
     if not settled_1[0]:
         rows_1K, scores_1K = _search(searcher, scan, torch.from_numpy(state_1E), own, k, n, None)
     return rows_1K[0], scores_1K[0]
@@ -101,7 +99,7 @@ def _search(
 ) -> tuple[Array, Array]:
     """Rows and scores of the k best items outside each `seen`, from n candidates, or more where n do not settle it."""
     lines_BN, rough_BN = (part.cpu().numpy() for part in searcher.search(states_BE, n, allowed_V))
-    settled_B, rows_BK, scores_BK = _settle(searcher.exact, scan, states_BE.cpu().numpy(), lines_BN, rough_BN, seen, k)
+    settled_B, rows_BK, scores_BK = _settle(searcher, scan, states_BE.cpu().numpy(), lines_BN, rough_BN, seen, k)
     again, more = (searcher, min(2 * n, len(scan.vectors))) if searcher.exact else (scan, n)
     for line in np.flatnonzero(~settled_B):
         own = _search(again, scan, states_BE[line : line + 1], [seen[line]], k, more, allowed_V)
@@ -110,13 +108,13 @@ def _search(
 
 
 def _settle(
-    exact: bool, scan: Scan, states_BE: Array, lines_BN: Array, rough_BN: Array, seen: list[Array], k: int
+    searcher: Searcher, scan: Scan, states_BE: Array, lines_BN: Array, rough_BN: Array, seen: list[Array], k: int
 ) -> tuple[Array, Array, Array]:
     """Whether these candidates, best first, settle the k best outside each `seen`; their rows and their exact scores."""
     items, keep_BN = len(scan.vectors), _unseen(scan, lines_BN, seen)
     full_B = lines_BN[:, -1] >= 0
     places_BN = keep_BN.cumsum(1, dtype=np.int32)
-    if exact:  # every candidate that rounding could lift above the k-th is scored again
+    if searcher.exact:  # every candidate that rounding could lift above the k-th is scored again
         lines_B = np.arange(len(lines_BN))
         kth_B = np.where(places_BN[:, -1] >= k, rough_BN[lines_B, (places_BN >= k).argmax(1)], np.float32(-np.inf))
         lengths_B = np.sqrt(np.einsum("be,be->b", states_BE, states_BE))
@@ -124,18 +122,18 @@ def _settle(
         keep_BN &= rough_BN >= least_B[:, None]
         settled_B = ~full_B | (rough_BN[:, -1] < least_B) | (lines_BN.shape[1] == items)
     else:
-        keep_BN &= places_BN <= k + MARGIN
+        keep_BN &= places_BN <= k + searcher.margin
         settled_B = full_B  # else few are allowed where the index looked, and better ones may be elsewhere
     kept_B, chosen = keep_BN.sum(1), np.flatnonzero(keep_BN)
     most = int(kept_B.max(initial=0))
     if len(chosen) == len(kept_B) * most:
         lines_BC = lines_BN.take(chosen).reshape(len(kept_B), most)
-        scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC, axis=0))
+        scores_BC = products(states_BE[:, None], scan.at(lines_BC))
     else:
         some_BC = np.arange(most) < kept_B[:, None]
         lines_BC = np.zeros(some_BC.shape, lines_BN.dtype)
         lines_BC[some_BC] = lines_BN.take(chosen)
-        scores_BC = products(states_BE[:, None], scan.vectors.take(lines_BC, axis=0))
+        scores_BC = products(states_BE[:, None], scan.at(lines_BC))
         scores_BC[~some_BC] = -np.inf
     return settled_B, *ordered(lines_BC + FIRST_ITEM, scores_BC, k)
 

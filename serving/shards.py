@@ -212,7 +212,7 @@ def _computed(recommender: Recommender, terms: Terms, dealt: Dealt, chosen: Arra
         if terms.reasons:
             frame = frame.with_columns(nearest_events(recommender, histories, lists))
         parts.append(frame)
-        counts_R += np.bincount(lists.rows.numpy().ravel(), minlength=len(counts_R))
+        np.add.at(counts_R, lists.rows.numpy().ravel(), 1)
         made = SOURCES.index("ranked" if lists.ranked else "retrieved")
         sources.append(np.where(lists.popular.numpy(), SOURCES.index("popularity"), made).astype(np.uint8))
     none = pl.DataFrame(schema=lists_columns(dealt.user_ids, catalogue, terms.reasons))

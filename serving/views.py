@@ -1,4 +1,4 @@
-"""What requests need of a loaded bundle beside its recommender: rungs and their costs, titles to search, values to filter by.
+"""What requests need of a loaded bundle beside its recommender: rungs and their costs, items to search, values to filter by.
 
 V items
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
-
-import numpy as np
 
 from recsys.batch import FIRST_ITEM, PADDING
 from serving.admission import Cost
 from serving.engine import Recommender
+from serving.filters import CATEGORIES
 
 VALUES = 200
 """Most values that are named of one attribute."""
@@ -40,19 +40,13 @@ class View:
 
     @property
     def whole(self) -> bool:
-        """Whether titles and filters are made: with many items that takes longer than other requests may wait."""
-        return {"titles", "filters"} <= vars(self).keys()
+        """Whether filters are made: with many items that takes longer than other requests may wait."""
+        return "filters" in vars(self)
 
     def complete(self) -> View:
-        """Itself, with titles and filters made."""
-        _ = self.titles, self.filters
+        """Itself, with filters made."""
+        _ = self.filters
         return self
-
-    @cached_property
-    def titles(self) -> tuple[str, np.ndarray[Any, Any]]:
-        """All titles without regard to case, a line each, and where each line begins."""
-        lines = [" ".join(title.casefold().split("\n")) for title in self.recommender.catalogue.titles]
-        return "\n".join([*lines, ""]), np.cumsum([0, *(len(line) + 1 for line in lines)])
 
     @cached_property
     def filters(self) -> dict[str, Any]:
@@ -66,15 +60,9 @@ class View:
 
     def search(self, part: str, limit: int) -> list[dict[str, Any]]:
         """The most popular items that can be recommended and whose titles hold `part`, in any case."""
-        catalogue, (text, starts) = self.recommender.catalogue, self.titles
-        wanted, at = " ".join(part.casefold().split("\n")), 0
-        found: list[dict[str, Any]] = []
-        while len(found) < limit and (at := text.find(wanted, at)) >= 0 and at < len(text):
-            line = int(np.searchsorted(starts, at, side="right")) - 1
-            if self.recommends(line):
-                found.append({"item_id": catalogue.item_ids[line], "title": catalogue.titles[line]})
-            at = int(starts[line + 1])
-        return found
+        names = self.recommender.catalogue.names
+        lines = islice(filter(self.recommends, names.holding(part)), limit)
+        return [{"item_id": names.item_ids[line], "title": names.title(line)} for line in lines]
 
 
 def _filter(column: Any) -> dict[str, Any]:
@@ -121,5 +109,6 @@ def places(
 
 def categories_of(recommender: Recommender, rows: Sequence[int]) -> list[list[str]]:
     """The categories of each item."""
-    told = recommender.catalogue.table["categories"].gather([row - FIRST_ITEM for row in rows]).to_list()
+    categories = recommender.catalogue.attributes.columns[CATEGORIES]
+    told = categories.gather([row - FIRST_ITEM for row in rows]).to_list()
     return [each or [] for each in told]

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from safetensors.torch import load_file, save_file
 from recsys.bundle import open_directory
 from recsys.model import WEIGHTS
 from serving import golden
-from serving.engine import VECTORS, Recommender
+from serving.engine import Recommender
 from serving.index import INDEX, Index, IndexSettings
+from serving.vectors import VECTORS, write_vectors
 from tests.benchmarks.load import K, Load, free_port, made_bundle, posted, questions, wait_for
 
 SWAPS, RATE = 100, 60
@@ -77,11 +79,11 @@ def other_bundle(bundle: Path, out: Path) -> None:
     directory = open_directory(bundle)
     weights = load_file(bundle / WEIGHTS)
     weights["table.weight"] = torch.cat([weights["table.weight"][:2], weights["table.weight"][2:].flip(0)])
-    vectors_VE = load_file(bundle / VECTORS)["vectors"].flip(0).contiguous()
+    vectors_VE = Recommender.load(bundle).scan.vectors_VE.flip(0)
     index = Index.build(vectors_VE, IndexSettings(**directory.manifest["recipe"]["index"]))
     writers: dict[str, Any] = {
         WEIGHTS: lambda path: save_file(weights, path),
-        VECTORS: lambda path: save_file({"vectors": vectors_VE}, path),
+        VECTORS: partial(write_vectors, vectors_VE),
         INDEX: index.write,
     }
     golden.renew(directory, out, writers, {})

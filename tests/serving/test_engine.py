@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
-from recsys.bundle import open_directory, publish
+from recsys.bundle import FORMAT, open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
 from serving.engine import DepthSettings, Recommender
 from serving.evaluation.judge import evaluate
@@ -366,8 +366,8 @@ def test_times_and_now_must_fit_the_history(run: Path) -> None:
 
 def test_a_bundle_with_one_altered_byte_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     names = sorted(file.name for file in bundles["ivf"].iterdir())
-    wanted = ["golden.json", "index.faiss", "items.parquet", "manifest.json", "model.onnx"]
-    assert names == [*wanted, "vectors.safetensors", "weights.safetensors"]
+    wanted = ["golden.json", "index.faiss", "items.parquet", "manifest.json", "model.onnx", "names.safetensors"]
+    assert names == [*wanted, "weights.safetensors"], "vectors that are the model's own table have no file"
     for name in (name for name in names if name != "manifest.json"):
         shutil.copytree(bundles["ivf"], tmp_path / name)
         content = bytearray((tmp_path / name / name).read_bytes())
@@ -399,7 +399,7 @@ def test_no_altered_bit_of_what_a_manifest_says_changes_what_is_served(bundles: 
 def test_a_bundle_of_another_format_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(bundles["exact"], tmp_path / "bundle")
     manifest = tmp_path / "bundle" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 4', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(BundleError, match="format 1"):
         Recommender.load(tmp_path / "bundle")
 

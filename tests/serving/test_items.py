@@ -22,12 +22,13 @@ from recsys.bundle import open_directory
 from recsys.config import Recipe
 from recsys.content import CONTENT, Content
 from recsys.errors import BundleError, DataError, RequestError
-from serving.engine import Recommender, read_vectors
+from serving.engine import Recommender
 from serving.evaluation.judge import evaluate
 from serving.explain import explain
 from serving.export import export
 from serving.index import INDEX, INDEXES, IndexSettings
 from serving.items import add, remove, update
+from serving.vectors import read_vectors
 from tests.serving.conftest import GOODS, KINDS, goods, stocked, write_run
 from tests.serving.nights import lists_of, score_all
 from tests.serving.online import asked
