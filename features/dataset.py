@@ -147,7 +147,7 @@ class Dataset:
             groups = torch.bincount(parts, costs).long()
             if len(groups) < GROUPS * ranks:
                 own = deal(costs, ranks) == rank
-                chosen = range(len(groups))
+                chosen = list(range(len(groups)))
             else:
                 chosen = (deal(groups, ranks) == rank).nonzero().flatten().tolist()
             rows = pl.scan_parquet(path)

@@ -174,10 +174,19 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Finished run of which the sequence model is taken; its ranker alone is learnt.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Finished run with whose weights learning begins; items are matched by their ids.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes of this machine that learn together; on several machines use torchrun.", min=1)
+    ] = 1,
     device: Device = "auto",
     settings: Overrides = None,
 ) -> None:
     """Train the sequence model and, where the recipe has one, its ranker; the same command again resumes an interrupted run.
+
+    Several processes do the steps of one, each with a part of the histories; with model.embedding "torchrec" and an
+    optimizer.table of its own each holds a part of the item table. One that dies is started again and goes on.
 
     Example: recsys train ml-1m --dataset datasets/ml-1m --out runs/ml-1m --set train.seed=1
     """
@@ -185,13 +194,23 @@ def train(
     from recsys.terminal import records_table, training_progress
     from recsys.tracking import Tracking, TrackingSettings
     from training.loop import choose_device
+    from training.run import refuse_recipe
     from training.run import train as train_run
+    from training.team import launch, rank
 
     chosen = _recipe(recipe, settings)
-    data = Dataset.open(dataset)
-    _refuse_leaks(data, chosen)
+    data = Dataset.open(dataset, verify=not rank())
+    if not rank():
+        _refuse_leaks(data, chosen)
     resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
-    with training_progress() as (observe, progress):
+    if processes > 1:
+        refuse_recipe(resolved, choose_device(device), model is not None)
+        words = _without(sys.argv[1:], "--processes")
+        if code := launch(processes, words):
+            _complain(f"{out}: training ended; the same command goes on from its newest checkpoint")
+            raise typer.Exit(code)
+        return
+    with training_progress(quiet=bool(rank())) as (observe, progress, tell):
         made = train_run(
             data,
             resolved,
@@ -200,9 +219,13 @@ def train(
             device=choose_device(device),
             tracking=Tracking(chosen.read(TrackingSettings)),
             base=model,
+            start=start,
             observe=observe,
             progress=progress,
+            tell=tell,
         )
+    if rank():
+        return
     best = made.manifest["quality"]["validation"]
     judged = f", validation NDCG@10 {best['ndcg@10']:.4f}" if best else ", without validation"
     figures = ("blocks", "recall@10", "ndcg@10")
@@ -1185,6 +1208,15 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _without(words: list[str], option: str) -> list[str]:
+    """The words of a command without an option and its value."""
+    left: list[str] = []
+    for place, word in enumerate(words):
+        if word != option and not word.startswith(f"{option}=") and (not place or words[place - 1] != option):
+            left.append(word)
+    return left
 
 
 def _one_by_one(words: list[str]) -> list[str]:

@@ -134,7 +134,7 @@ def _judged(
     """Users and figures of a window, from its file where that is of the same model, data and protocol."""
     protocol, place = _protocol(recipe), out / "figures" / f"{name}.json"
     settings = {**resolved, **data.manifest["settings"]}
-    with terminal.training_progress() as (observe, progress):
+    with terminal.training_progress() as (observe, progress, tell):
         made = train(
             data,
             settings,
@@ -144,6 +144,7 @@ def _judged(
             tracking=Tracking(recipe.read(TrackingSettings)),
             observe=observe,
             progress=progress,
+            tell=tell,
         )
     key = [made.manifest["id"], data.manifest["hash"], protocol.as_dict()]
     if place.is_file() and (found := json.loads(place.read_text(encoding="utf-8")))["key"] == key:

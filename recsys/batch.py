@@ -5,6 +5,7 @@ N events · U users · B histories of a batch · T positions
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,16 @@ def group_by_length(lengths: Tensor, tokens: int, packed: bool = False) -> list[
     if len(lengths):
         groups.append((start, len(lengths)))
     return groups
+
+
+def deal(costs: Tensor, hands: int) -> Tensor:
+    """Which of so many hands gets each, int64: the dearest first, each to the hand that has least (Graham 1969)."""
+    held, owners = [(0, hand) for hand in range(hands)], [0] * len(costs)
+    for place in torch.argsort(costs, descending=True, stable=True).tolist():
+        cost, hand = heapq.heappop(held)
+        owners[place] = hand
+        heapq.heappush(held, (cost + int(costs[place]), hand))
+    return torch.tensor(owners, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
         build(out / "raw", recipe, out / "dataset")
     dataset = Dataset.open(out / "dataset")
     tracking = Tracking(TrackingSettings(uri=f"sqlite:///{(out / 'mlflow.db').absolute()}"))
-    with terminal.training_progress() as (observe, progress):
+    with terminal.training_progress() as (observe, progress, tell):
         train(
             dataset,
             resolved,
@@ -54,6 +54,7 @@ def run(out: Path, recipe: Recipe, resolved: dict[str, dict[str, object]]) -> No
             tracking=tracking,
             observe=observe,
             progress=progress,
+            tell=tell,
         )
     with terminal.steps("demo") as tell:
         tell("export: weights, item vectors and index to a bundle")

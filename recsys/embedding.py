@@ -1,8 +1,9 @@
-"""The one door to item embeddings: a table of rows, in plain torch or sharded by TorchRec, with the same numbers."""
+"""The one door to item embeddings: a table of rows, in plain torch or by TorchRec, with the same numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +11,46 @@ from torch import Tensor, nn
 
 from recsys.errors import SetupError
 
+DRAWN_ROWS = 2**16
+"""Rows drawn at once; a multiple of 16, for whose numbers torch draws the same in parts as in one go."""
+
 
 class Table(nn.Module):
     """Rows of width E; calling it with rows of any shape gives their vectors."""
 
     weight: Tensor
+    sharded = False
+    """Whether `weight` is a part of the table, the others being in other processes."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def whole(self) -> Tensor:
+        """Vectors of all rows."""
+        return self.weight
+
+    def put(self, first: int, vectors_NE: Tensor) -> None:
+        """Set rows from `first` on."""
+        with torch.no_grad():
+            self.weight[first : first + len(vectors_NE)] = vectors_NE
+
+    def idle(self) -> None:
+        """Take part in a look-up of other processes, with no rows of one's own."""
+
+    @contextmanager
+    def at_hand(self, rows: Tensor) -> Iterator[None]:
+        """Meanwhile only these rows are looked up, so that a table in parts may fetch them once."""
+        yield
+
+    def draw(self, rows: int, size: int, empty: int, generator: torch.Generator) -> None:
+        """Draw all rows anew, normal with deviation .02, but for the first `empty` ones, which become 0."""
+        starts = range(0, max(1, rows - 16), DRAWN_ROWS)  # fewer than 16 numbers at the end would be drawn otherwise
+        for first in starts:
+            block_NE = torch.empty((rows if first == starts[-1] else first + DRAWN_ROWS) - first, size)
+            block_NE.normal_(0, 0.02, generator=generator)
+            block_NE[: max(0, empty - first)] = 0
+            self.put(first, block_NE)
 
 
 class TorchTable(Table):
@@ -23,6 +59,13 @@ class TorchTable(Table):
     def __init__(self, rows: int, embedding_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, embedding_size))
+
+    @staticmethod
+    def of(weight_VE: Tensor) -> TorchTable:
+        """The table of these vectors."""
+        table = TorchTable(0, 0)
+        table.weight = nn.Parameter(weight_VE)
+        return table
 
     def forward(self, rows: Tensor) -> Tensor:
         vectors: Tensor = _LookUp.apply(self.weight, rows)  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ B histories · N events · T positions · E embedding size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from recsys.bundle import Directory
 from recsys.config import Settings
 from recsys.content import CHUNK, CONTENT, Content
 from recsys.dropout import dropout
-from recsys.embedding import TABLES
+from recsys.embedding import TABLES, Table
 from recsys.errors import BundleError
 from recsys.fusion import Fusion, ItemContent, TextAttention
 from recsys.scoring import SIMILARITIES, place_items, place_users
@@ -136,16 +136,24 @@ class SequenceModel(nn.Module):
     """SASRec, BERT4Rec or HSTU, by its settings, over `items` items, whose rows start at FIRST_ITEM.
 
     `content` describes these items and, behind them, further ones that no event was learnt of; `vocabulary` is how many token
-    states are learnt where it has none. Without a generator nothing is random: dropout acts only where one is given. The
-    mask of the masked objective is the row UNKNOWN: an event whose item is not known.
+    states are learnt where it has none; `table` makes the item table (default: as the settings say). Without a generator
+    nothing is random: dropout acts only where one is given. The mask of the masked objective is the row UNKNOWN: an event whose
+    item is not known.
     """
 
-    def __init__(self, settings: ModelSettings, items: int, content: Content | None = None, vocabulary: int = 0) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        items: int,
+        content: Content | None = None,
+        vocabulary: int = 0,
+        table: Callable[[int, int], Table] | None = None,
+    ) -> None:
         super().__init__()
         self.settings, self.items = settings, items
         size = settings.embedding_size
         self.ids = items if settings.ids else 0
-        self.table = TABLES[settings.embedding](FIRST_ITEM + self.ids, size)
+        self.table = (table or TABLES[settings.embedding])(FIRST_ITEM + self.ids, size)
         if settings.text != "none" and content is None:
             raise ValueError(f"model.text is {settings.text!r}, and no content of the items is given")
         self.content = ItemContent(content, vocabulary) if settings.text != "none" and content is not None else None
@@ -165,12 +173,14 @@ class SequenceModel(nn.Module):
         """Draw all weights anew: matrices normal with deviation .02, token states with 1, norms 1, biases, gates and rows that
         are not learnt 0.
         """
+        unlearnt = UNKNOWN if self.settings.objective == "masked" else FIRST_ITEM
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
+            if name.startswith("table."):
+                self.table.draw(FIRST_ITEM + self.ids, self.settings.embedding_size, unlearnt, generator)
+            elif parameter.ndim > 1:
                 parameter.normal_(0, 1.0 if name == "content.states_WP" else 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-        self.table.weight[: UNKNOWN if self.settings.objective == "masked" else FIRST_ITEM] = 0
         return self
 
     def forward(
@@ -270,7 +280,7 @@ class SequenceModel(nn.Module):
     @property
     def known_V(self) -> Tensor:
         """`reads` of the items that have a vector, shape `lines`."""
-        return self.reads(torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.weight.device))
+        return self.reads(torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.device))
 
     def vectors(self, rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Placed vectors of item rows; a further axis of width E. With a generator, ids are dropped as in training."""
@@ -279,8 +289,8 @@ class SequenceModel(nn.Module):
     def candidates(self, generator: torch.Generator) -> Tensor:
         """Placed vectors of the learnt items, as training meets them, shape items × E; line i is row FIRST_ITEM + i."""
         if self.fusion is None:
-            return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
-        rows = torch.arange(FIRST_ITEM, FIRST_ITEM + self.items, device=self.table.weight.device)
+            return place_items(self.table.whole()[FIRST_ITEM:], self.settings.similarity)
+        rows = torch.arange(FIRST_ITEM, FIRST_ITEM + self.items, device=self.table.device)
         return self.vectors(rows, generator)
 
     def item_vectors(self, lines: Tensor | None = None) -> Tensor:
@@ -288,12 +298,14 @@ class SequenceModel(nn.Module):
 
         Of `lines` alone where they are given. Where content names neighbours, they are added by their nearness.
         """
-        rows = torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.weight.device)
-        if self.fusion is None or self.content is None:
-            return place_items(self.table.weight[FIRST_ITEM:], self.settings.similarity)
-        vectors_VE = self.vectors(rows)
-        rows = rows if lines is None else lines + FIRST_ITEM
-        if not self.content.nearness_RK.shape[1]:
+        if lines is None and self.fusion is None:
+            return place_items(self.table.whole()[FIRST_ITEM:], self.settings.similarity)
+        rows = torch.arange(self.lines, device=self.table.device) if lines is None else lines
+        rows = rows + FIRST_ITEM
+        if self.content is None or self.fusion is None or (self.table.sharded and not self.reads_neighbours):
+            return self.vectors(rows)
+        vectors_VE = self.vectors(torch.arange(FIRST_ITEM, FIRST_ITEM + self.lines, device=self.table.device))
+        if not self.reads_neighbours:
             return vectors_VE[rows - FIRST_ITEM]
         out = []
         for rows_N in torch.split(rows, CHUNK):
@@ -301,13 +313,18 @@ class SequenceModel(nn.Module):
             out.append(self._beside(vectors_VE[rows_N - FIRST_ITEM], near_NKE, self.content.nearness_RK[rows_N]))
         return torch.cat(out)
 
+    @property
+    def reads_neighbours(self) -> bool:
+        """Whether an item's vector takes in those of its neighbours, so that it needs those of all."""
+        return self.fusion is not None and self.content is not None and bool(self.content.nearness_RK.shape[1])
+
     def described_as(self, row: int, content: Content) -> Tensor:
         """Placed vectors of one item, as lists are made by, were its description each line of `content`; shape lines × E.
 
         Its id and its neighbours stay. Of a model whose item vectors hold descriptions alone.
         """
         assert self.fusion is not None and self.content is not None
-        device, learnt = self.table.weight.device, row < FIRST_ITEM + self.ids
+        device, learnt = self.table.device, row < FIRST_ITEM + self.ids
         other = ItemContent(content, 0).to(device)
         if not len(content.states_WP):  # the model learns them
             other.states_WP = self.content.states_WP
@@ -463,9 +480,10 @@ def model_from(directory: Directory, device: str = "cpu", content: Content | Non
     text = TextSettings(**directory.manifest["recipe"].get(TextSettings.section, {}))
     if content is None and settings.text != "none":
         content = Content.load(directory.path / CONTENT)
-    model = SequenceModel(settings, directory.manifest["items"], content, text.vocabulary)
+    with torch.device("meta"):  # weights are where the file lies in memory, not copied
+        model = SequenceModel(settings, directory.manifest["items"], content, text.vocabulary)
     try:
-        model.load_state_dict(load_file(directory.path / WEIGHTS, device=device))
+        model.load_state_dict(load_file(directory.path / WEIGHTS, device=device), assign=True)
     except RuntimeError as error:
         line = str(error).splitlines()[-1].strip()
         raise BundleError(f"{directory.path / WEIGHTS}: not the weights of its settings ({line}); export it again") from None

@@ -145,11 +145,11 @@ def _settings(stored: Stored, recorded: Recorded | None) -> list[Row]:
     manifest, rows, digest = stored.manifest, list[Row](), stored.manifest["dataset"]["hash"]
     recipe = flat(manifest["recipe"])
     if stored.run is not None:
-        theirs, base = stored.run.get("recipe", {}), stored.run.get("base", "")
+        theirs, base, start = stored.run.get("recipe", {}), stored.run.get("base", ""), stored.run.get("start", "")
         found = {name: json.dumps(value) for name, value in flat(theirs).items()}
         rows += _differing({name: {json.dumps(value)} for name, value in recipe.items()}, found, RUN)
         try:
-            key = run_key(theirs, digest, base)
+            key = run_key(theirs, digest, base, start)
         except (KeyError, TypeError):
             key = "none"
         rows.append(record("key", key[:12], str(stored.run.get("key"))[:12], RUN))

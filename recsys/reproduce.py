@@ -222,8 +222,8 @@ def _weights(stored: Stored, dataset: Dataset, device: torch.device) -> list[Row
 
 def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -> Directory:
     """Train, and for a bundle that was not changed since also export; all by what is stored."""
-    manifest = stored.manifest
-    with terminal.training_progress() as (observe, progress):
+    manifest, start = stored.manifest, _start(stored)
+    with terminal.training_progress() as (observe, progress, tell):
         made = train_run(
             dataset,
             manifest["recipe"],
@@ -231,8 +231,10 @@ def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -
             name=manifest["name"],
             device=device,
             tracking=Tracking(TrackingSettings(uri=OFF)),
+            start=start,
             observe=observe,
             progress=progress,
+            tell=tell,
         )
     if manifest["kind"] == "model" or "before" in manifest:
         return made
@@ -243,6 +245,18 @@ def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -
         tell("export: weights, item vectors and index to a bundle")
         export(work / RUN_AGAIN, work / "bundle", owners[0], measured, *owners[1:])
     return open_directory(work / "bundle")
+
+
+def _start(stored: Stored) -> Path | None:
+    """The run that learning began with. Raises RecsysError: it is not where it lay."""
+    begun = clock_of(stored.manifest).get("start")
+    if not begun:
+        return None
+    start = Path(begun["run"])
+    found = open_directory(start / MODEL).manifest["id"]
+    if found != begun["id"]:
+        raise RecsysError(f"{start}: holds the run {found}, learning began with {begun['id']}; put that one there again")
+    return start
 
 
 def _environments(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Row]:

@@ -66,8 +66,16 @@ def _pace(done: int, left: int, seconds: float) -> str:
 
 
 @contextmanager
-def training_progress() -> Iterator[tuple[Callable[[Observation], None], Callable[[int, int], None]]]:
-    """A bar over each epoch's steps on a terminal, a line for every validation everywhere; before, over texts encoded."""
+def training_progress(
+    quiet: bool = False,
+) -> Iterator[tuple[Callable[[Observation], None], Callable[[int, int], None], Callable[[str], None]]]:
+    """A bar over each epoch's steps on a terminal, a line for every validation everywhere; before, over texts encoded.
+
+    The third of what it gives tells other lines. With `quiet` nothing is shown.
+    """
+    if quiet:
+        yield lambda seen: None, lambda done, of: None, lambda line: None
+        return
     with _rich_bar("steps") if interactive() else _nothing() as progress:
         task = progress.add_task("training", total=None) if progress else None
 
@@ -90,7 +98,10 @@ def training_progress() -> Iterator[tuple[Callable[[Observation], None], Callabl
             elif done == of or done % 10_000 < 256:
                 _print(f"texts read: {done:,} of {of:,}")
 
-        yield observe, read
+        def tell(line: str) -> None:
+            progress.console.print(line, markup=False) if progress else _print(line)
+
+        yield observe, read, tell
 
 
 @contextmanager

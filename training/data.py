@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from recsys.batch import UNKNOWN, Batch, Sequences, gather, group_by_length
+from recsys.errors import DataError
+from training.team import ALONE, Team
 
 LENGTH_JITTER = 0.1
 """Relative noise on lengths before grouping, so that an epoch's batches differ; costs about as much padding."""
@@ -27,11 +30,13 @@ class TrainingBatch:
     """Item rows, int64, shape P."""
     users: Tensor
     """Whose histories they are, int64."""
+    counts: bool = True
+    """Whether anything is learnt of it; else it is there for a process that has nothing left while others have."""
 
     def to(self, device: torch.device) -> TrainingBatch:
         asked = None if self.asked is None else self.asked.to(device)
-        tensors = (self.places, self.targets, self.users)
-        return TrainingBatch(self.history.to(device), asked, *(tensor.to(device) for tensor in tensors))
+        places, targets, users = (tensor.to(device) for tensor in (self.places, self.targets, self.users))
+        return TrainingBatch(self.history.to(device), asked, places, targets, users, self.counts)
 
 
 WINDOWS = ("last", "all", "prefixes")
@@ -44,6 +49,10 @@ class EpochBatches:
     from the end backwards, so that every training event but the first is a target once; with "prefixes" one for every
     target, which its last state alone is to name. Targets are the events that follow; for the `masked` objective the
     inputs themselves, all events of the window, to be hidden by `mask`.
+
+    Each process of a team has `sequences` of its own and its share of `batch_tokens`. All do as many steps, cut where the
+    tokens are halved, thirded and so on, and so of about equal length and cost in all: together they are the batches of one
+    process in distribution.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class EpochBatches:
         windows: str = "last",
         masked: bool = False,
         packed: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.sequences, generator = sequences, torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         self.shift, self.prefixes = int(not masked), windows == "prefixes"
@@ -67,11 +77,17 @@ class EpochBatches:
         self.ends = torch.repeat_interleave(ends, count) - place * step
         self.begins = torch.maximum(torch.repeat_interleave(begins, count), self.ends - length - self.shift)
         lengths = self.ends - self.begins - self.shift
-        noise = torch.randn(len(lengths), generator=generator) * LENGTH_JITTER
+        own = generator if team.size == 1 else torch.Generator().manual_seed((seed * 1_000_003 + epoch) * team.size + team.rank)
+        noise = torch.randn(len(lengths), generator=own) * LENGTH_JITTER
         order = torch.argsort(lengths * noise.exp(), stable=True)
-        groups = group_by_length(lengths[order], batch_tokens, packed)
+        groups = group_by_length(lengths[order], max(1, batch_tokens // team.size), packed)
+        steps = team.most(len(groups))
+        if team.size > 1:
+            if steps and team.most(-len(order)) == 0:
+                raise DataError(f"fewer histories than {team.size} processes; start fewer")
+            groups = cut_by_cost(lengths[order], steps)
         self.batches = [order[a:b] for a, b in groups]
-        self.order = torch.randperm(len(groups), generator=generator).tolist()
+        self.order = torch.randperm(steps, generator=generator).tolist()
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -84,15 +100,31 @@ class EpochBatches:
         items, times = self.sequences.items, self.sequences.times
         for group in self.order[step:]:
             users = self.batches[group]
+            counts = len(users) > 0
+            users = users if counts else torch.tensor([0])
             begins, ends = self.begins[users], self.ends[users]
             history = gather(items, times, begins, ends - self.shift)
             owners = torch.searchsorted(self.sequences.offsets, begins, right=True) - 1
             places = history.offsets[1:] - 1 if self.prefixes else torch.arange(len(history.values))
             if not self.shift:
-                yield TrainingBatch(history, None, places, history.values, owners)
+                yield TrainingBatch(history, None, places, history.values, owners, counts)
                 continue
             future = gather(items, times, begins + 1, ends)
-            yield TrainingBatch(history, future.times, places, future.values[places], owners)
+            yield TrainingBatch(history, future.times, places, future.values[places], owners, counts)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Padded events of each batch, in the order of their steps, int64."""
+        lengths = [(self.ends - self.begins - self.shift)[self.batches[group]] for group in self.order]
+        return torch.tensor([len(part) * int(part.max()) if len(part) else 0 for part in lengths])
+
+
+def cut_by_cost(lengths: Tensor, groups: int) -> list[tuple[int, int]]:
+    """Cut ascending lengths into so many consecutive groups [a, b) of about equal sums; some may be empty."""
+    sums = lengths.cumsum(0, dtype=torch.float64)
+    wanted = torch.arange(1, groups, dtype=torch.float64) * (float(sums[-1]) / groups if len(sums) else 0.0)
+    cuts = [0, *torch.searchsorted(sums - lengths / 2, wanted).tolist(), len(lengths)]
+    return list(pairwise(cuts))
 
 
 def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> TrainingBatch:
@@ -106,4 +138,4 @@ def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> Trai
     hidden_N[history.offsets[1:][hidden_B == 0] - 1] = True
     values = history.values.masked_fill(hidden_N, UNKNOWN)
     places = hidden_N.nonzero().flatten()
-    return TrainingBatch(replace(history, values=values), None, places, history.values[places], batch.users)
+    return TrainingBatch(replace(history, values=values), None, places, history.values[places], batch.users, batch.counts)

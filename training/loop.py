@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import io
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +14,24 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from recsys.batch import Sequences
-from recsys.bundle import write_file
 from recsys.config import Settings
 from recsys.content import Content
+from recsys.embedding import TorchTable
 from recsys.errors import DataError, RecipeError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
 from recsys.text import TextSettings
+from training.checkpoint import Checkpoints, read_table
 from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
-from training.losses import LOSSES, LossSettings, Seen
+from training.losses import LOSSES, LossSettings, Seen, Targets, negatives
 from training.optimizer import Optimizer, OptimizerSettings
+from training.team import ALONE, Team
 from training.validate import validate
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+SHARDINGS = ("auto", "table_wise", "row_wise", "column_wise")
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,22 @@ class TrainSettings(Settings):
     """Validations without a better NDCG@10 after which training stops."""
     validate_every: int = 1
     """Epochs between validations."""
+    validate_users: int = 0
+    """Most users who are judged by a validation, evenly chosen; 0: all."""
     windows: str = "last"
     """last: of a history longer than model.length only the newest window is learnt; all: every window; prefixes: one for
     each event, which is its only target."""
     mask_share: float = 0.2
     """Share of events hidden at once; read by the masked objective."""
     batch_tokens: int = 12_800
-    """Padded events in a batch."""
+    """Padded events in a batch, of all processes together."""
     packed: bool = False
     """Whether histories lie end to end in place of padded (FlexAttention): on a GPU, for the sasrec and ligr blocks."""
     precision: str = "auto"
     """Arithmetic of the forward pass: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it."""
+    sharding: str = "auto"
+    """How processes hold a table in parts (optimizer.table): table_wise, row_wise, column_wise, or auto: as TorchRec's planner
+    finds it fastest."""
     seed: int = 0
     """Decides the initial weights, the order of batches, negatives and dropout."""
 
@@ -60,6 +69,10 @@ class TrainSettings(Settings):
         for name in ("epochs", "patience", "validate_every", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.validate_users < 0:
+            raise ValueError(f"validate_users must not be negative, found {self.validate_users}")
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, found {self.sharding!r}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, found {self.seed}")
         if not 0 < self.mask_share < 1:
@@ -115,6 +128,8 @@ class State(Generic[M]):
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
+    epoch_steps: int = 0
+    """Steps of this epoch."""
     steps: int = 0
     """Steps done in all."""
     steps_planned: int = 0
@@ -122,6 +137,8 @@ class State(Generic[M]):
     targets: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    best_steps: int = 0
+    """Steps done then: the number of the checkpoint that holds the best table, where it is in parts."""
     since_best: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -130,43 +147,52 @@ class State(Generic[M]):
     _PLAIN: ClassVar = (
         "epoch",
         "step",
+        "epoch_steps",
         "steps",
         "steps_planned",
         "loss_sum",
         "targets",
         "best",
         "best_epoch",
+        "best_steps",
         "since_best",
         "curve",
     )
 
-    def save(self, path: Path, key: str) -> None:
-        """Write a checkpoint atomically; `key` names the recipe and data that it belongs to."""
-        content = io.BytesIO()
-        torch.save(
-            {
-                "key": key,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-                "best_weights": self.best_weights,
-                **{name: getattr(self, name) for name in self._PLAIN},
-            },
-            content,
-        )
-        write_file(path, content.getvalue())
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What processes hold parts of."""
+        return {} if self.optimizer.sharded is None else self.optimizer.sharded.parts()
 
-    def restore(self, path: Path, key: str) -> None:
-        """Go on where a checkpoint stood. Raises RecsysError: it belongs to another recipe or data set, or is broken."""
-        try:
-            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds; all mean the same to the user
-            raise RecsysError(f"{path}: cannot be read ({type(error).__name__}); delete it to train from the start") from None
-        if saved["key"] != key:
-            raise RecsysError(
-                f"{path}: belongs to another recipe, data set or device; give another run directory or delete this one"
-            )
-        self.model.load_state_dict(saved["model"])
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those that every process has."""
+        if self.optimizer.sharded is None:
+            return self.model.state_dict()
+        named = self.model.named_parameters()  # DistributedModelParallel takes others' entries out of a state_dict
+        return {name: value.detach() for name, value in named if not name.startswith("table.")}
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Set those that every process has."""
+        if self.optimizer.sharded is None:
+            self.model.load_state_dict(weights)
+            return
+        with torch.no_grad():
+            for name, value in self.weights().items():
+                value.copy_(weights[name])
+
+    def tree(self) -> dict[str, Any]:
+        """All but the parts, for a checkpoint."""
+        return {
+            "model": self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "best_weights": self.best_weights,
+            **{name: getattr(self, name) for name in self._PLAIN},
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `tree` was made; the parts are there already."""
+        self.put(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
         self.best_weights = saved["best_weights"]
@@ -184,48 +210,69 @@ def fit(
     text_settings: TextSettings | None = None,
     *,
     content: Content | None = None,
-    device: torch.device | None = None,
+    start: Callable[[SequenceModel], None] | None = None,
+    team: Team = ALONE,
     checkpoint: Path | None = None,
     key: str = "",
     checkpoint_seconds: float = 60.0,
     observe: Callable[[Observation], None] = lambda observation: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> State[SequenceModel]:
     """Train until `epochs` or until patience ends; the returned state's model holds the best validation weights.
 
     Where nobody can be judged by validation, all epochs are done and the last weights are the best.
 
-    `items` is the count of items with training events, `content` what is known of all items, where model.text reads it. Where
-    `checkpoint` exists, training goes on from it and ends with the weights of an undisturbed run; it is written after every
-    epoch and about every `checkpoint_seconds`.
+    `items` is the count of items with training events, `content` what is known of all items, where model.text reads it;
+    `start` changes the weights before the first step. Where the folder `checkpoint` holds one, training goes on from it and
+    ends with the weights of an undisturbed run; one is written after every epoch and about every `checkpoint_seconds`.
+
+    All processes of a `team` call this, each with sequences of its own. Their steps are those of one process with all
+    sequences: a loss is the mean over the targets of all, negatives are the same in all, and with dropout, masks and the
+    dealing of histories left aside, so are the weights. A table in parts is whole in the first process's model at the end;
+    of the others' none is.
     """
-    device = device or torch.device("cpu")
-    _refuse(model_settings, settings, device)
+    device = team.device
+    refuse_settings(model_settings, settings, optimizer_settings, device)
     keep_memory()
     if settings.packed:
         torch._dynamo.reset()  # what other settings compiled counts against the recompilations allowed
     vocabulary = (text_settings or TextSettings()).vocabulary
-    model = SequenceModel(model_settings, items, content, vocabulary)
+    table = None
+    if optimizer_settings.in_parts(model_settings.embedding):
+        from training.distributed import table_of
+
+        table = table_of(team, optimizer_settings.table, settings.sharding)
+    model = SequenceModel(model_settings, items, content, vocabulary, table)
     model = model.initialise(torch.Generator().manual_seed(settings.seed)).to(device)
+    if start is not None:
+        start(model)
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
-    state = State(model, Optimizer(model, optimizer_settings), generator)
+    sharded: Any = model.table if model.table.sharded else None
+    state = State(model, Optimizer(model, optimizer_settings, sharded), generator)
     learnable = sequences.learnable(items)
-    counts_V = learnable.training_counts(items).to(device)
+    counts_V = team.sum(learnable.training_counts(items).to(device))
+    lesson = Lesson(model, settings, loss_settings, counts_V, team)
+    masked = model_settings.objective == "masked"
 
     def batches(epoch: int) -> EpochBatches:
-        masked = model_settings.objective == "masked"
-        shape = (model_settings.length, settings.batch_tokens)
-        return EpochBatches(learnable, *shape, settings.seed, epoch, settings.windows, masked=masked, packed=settings.packed)
+        shape = (model_settings.length, settings.batch_tokens, settings.seed, epoch, settings.windows)
+        return EpochBatches(learnable, *shape, masked=masked, packed=settings.packed, team=team)
 
+    if sharded is not None:
+        tell(sharded.plan)
+    if team.size > 1:
+        tell(_balance(batches(0).tokens, team))
     run(
         state,
         Schedule(settings.epochs, settings.patience, settings.validate_every),
         batches,
-        lambda batch: learn(state, batch.to(device), settings, loss_settings, counts_V),
-        lambda: validate(state.model, sequences),
+        lambda batch: lesson.learn(state, batch.to(device)),
+        lambda: validate(state.model, sequences, users=settings.validate_users, team=team),
         checkpoint=checkpoint,
         key=key,
         checkpoint_seconds=checkpoint_seconds,
         observe=observe,
+        team=team,
     )
     return state
 
@@ -251,21 +298,27 @@ def run(
     checkpoint_seconds: float = 60.0,
     observe: Callable[[Observation], None] = lambda observation: None,
     part: str = "model",
+    team: Team = ALONE,
 ) -> None:
     """Learn epoch after epoch, from the checkpoint on where there is one; at the end the model holds its best weights.
 
     `learn` does one step and counts it, `judge` gives the figures of validation, of which ndcg@10 decides; where it gives
     none, the last weights are the best.
     """
-    if checkpoint is not None and checkpoint.exists():
-        state.restore(checkpoint, key)
+    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, key, team)
+    if checkpoints is not None and (newest := checkpoints.newest) >= 0:
+        state.restore(checkpoints.load(newest, state.parts))
     saved_at = time.monotonic()
 
     def save(due: bool) -> None:
         nonlocal saved_at
-        if checkpoint is not None and (due or time.monotonic() - saved_at >= checkpoint_seconds):
-            state.save(checkpoint, key)
+        if checkpoints is None:
+            return
+        if due or team.first(time.monotonic() - saved_at >= checkpoint_seconds):
+            checkpoints.save(state.steps, state.tree(), state.parts, {state.best_steps} if state.parts else ())
             saved_at = time.monotonic()
+        else:
+            checkpoints.poll()
 
     while state.epoch < schedule.epochs and state.since_best < schedule.patience:
         batches = batches_of(state.epoch)
@@ -274,6 +327,9 @@ def run(
                 "no user has two training events, so there is nothing to learn; give more events or another [split]"
             )
         state.steps_planned = state.steps_planned or len(batches) * schedule.epochs
+        if state.step and state.epoch_steps != len(batches):  # begun by another number of processes: as far as they came
+            state.step = state.step * len(batches) // state.epoch_steps
+        state.epoch_steps = len(batches)
         started = time.monotonic()
 
         def tell(
@@ -293,63 +349,102 @@ def run(
                 better = not figures or figures["ndcg@10"] > state.best
                 if better:
                     state.best, state.best_epoch = figures.get("ndcg@10", 0.0), state.epoch + 1
-                    state.best_weights = {name: value.detach().clone() for name, value in state.model.state_dict().items()}
+                    state.best_steps = state.steps
+                    state.best_weights = {name: value.detach().clone() for name, value in state.weights().items()}
             state.since_best = 0 if better else state.since_best + 1
             state.curve.append({"epoch": state.epoch + 1, "loss": state.loss_sum / max(1, state.targets), **figures})
             tell(figures, better)
         state.epoch, state.step, state.loss_sum, state.targets = state.epoch + 1, 0, 0.0, 0
         save(due=True)
-    state.model.load_state_dict(state.best_weights)
+    if checkpoints is not None:
+        checkpoints.finish()
+        team.wait()
+    state.put(state.best_weights)
+    if state.optimizer.sharded is not None and checkpoints is not None:
+        if not team.rank:
+            state.model.table = TorchTable.of(read_table(checkpoints.path(state.best_steps)).to(team.device))
+        team.wait()
 
 
-def _refuse(model: ModelSettings, train: TrainSettings, device: torch.device) -> None:
+def _balance(tokens_S: torch.Tensor, team: Team) -> str:
+    """How evenly the tokens of each step are dealt, in words; of the first epoch."""
+    slowest, all_S = tokens_S.clone(), team.sum(tokens_S.clone())
+    if team.size > 1:
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+    ratio = float((slowest * team.size / all_S.clamp(min=1)).mean())
+    return f"{team.size} processes, {len(tokens_S)} steps an epoch; the slowest of a step has {ratio:.3f} of the mean's tokens"
+
+
+def refuse_settings(model: ModelSettings, train: TrainSettings, optimizer: OptimizerSettings, device: torch.device) -> None:
     """Raises RecipeError: settings of two sections that do not go together, or not on this device."""
+    if optimizer.table == "adam" and (model.embedding != "torchrec" or device.type == "cpu"):
+        raise RecipeError('optimizer.table "adam" is TorchRec\'s on a GPU; take rowwise_adagrad, or same')
+    if optimizer.in_parts(model.embedding) and not model.ids:
+        raise RecipeError("a table in parts needs ids, and model.ids is false; set optimizer.table to same")
     if train.packed and (device.type == "cpu" or model.block == "hstu" or model.embedding_size // model.heads < 16):
         raise RecipeError("train.packed needs a GPU, a sasrec or ligr block, and heads at least 16 wide; set it to false")
     if train.windows == "prefixes" and model.objective == "masked":
         raise RecipeError('train.windows "prefixes" has one target at the end, the masked objective has many; take "all"')
 
 
-def learn(
-    state: State[SequenceModel],
-    batch: TrainingBatch,
-    settings: TrainSettings,
-    loss_settings: LossSettings,
-    counts_V: torch.Tensor,
-) -> None:
-    """One step: a batch's loss, its gradient, and the change of the weights."""
-    model, loss_of = state.model, LOSSES[loss_settings.kind]
-    masked = model.settings.objective == "masked"
-    if masked:
-        batch = mask(batch, settings.mask_share, state.generator)
-    line = None
-    if settings.packed:  # few lengths, each compiled once
-        line = -(-len(batch.history.values) // settings.batch_tokens) * settings.batch_tokens
-    with _precision(settings.precision, batch.targets.device):
-        exits = model.exits(batch.history, state.generator, asked=batch.asked, positions=line, packed=settings.packed)
-    places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
-    seen = _seen(batch, masked) if loss_settings.filter_seen else None
-    losses = [
-        loss_of(
-            model,
-            states_BTE.flatten(0, 1).index_select(0, places).float(),
-            batch.targets,
-            loss_settings,
-            counts_V,
-            state.generator,
-            seen,
-        )
-        for states_BTE in exits[-model.settings.blocks :]
-    ]
-    loss = torch.stack(losses).mean()
-    if not torch.isfinite(loss):
-        rates = {name: value for name, value in state.optimizer.settings.as_dict().items() if name.endswith("learning_rate")}
-        raise RecsysError(f"the loss became {loss.item()} in step {state.steps}; lower optimizer.learning_rate ({rates})")
-    loss.backward()  # type: ignore[no-untyped-call]
-    state.optimizer.step(state.steps, state.steps_planned)
-    count = len(batch.targets)
-    state.loss_sum, state.targets = state.loss_sum + loss.item() * count, state.targets + count
-    state.step, state.steps = state.step + 1, state.steps + 1
+class Lesson(nn.Module):
+    """A batch in, its loss out: what a step differentiates, and what DDP wraps where several processes learn together."""
+
+    def __init__(
+        self, model: SequenceModel, settings: TrainSettings, loss: LossSettings, counts_V: torch.Tensor, team: Team = ALONE
+    ) -> None:
+        super().__init__()
+        self.model, self.settings, self.loss, self.team = model, settings, loss, team
+        self.counts_V = counts_V
+        self._together: nn.Module | None = None
+        if team.size > 1:
+            apart = [f"model.{name}" for name, _ in model.named_parameters() if name.startswith("table.")]
+            ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(self, apart)
+            self.__dict__["_together"] = DistributedDataParallel(self, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def forward(self, batch: TrainingBatch, own: torch.Generator, alike: torch.Generator) -> torch.Tensor:
+        """Mean over the batch's targets; negatives are drawn by `alike`, all else by `own`."""
+        model, settings = self.model, self.settings
+        line = None
+        if settings.packed:  # few lengths, each compiled once
+            line = -(-len(batch.history.values) // settings.batch_tokens) * settings.batch_tokens
+        in_batch = self.loss.sampling == "in_batch" and self.loss.kind != "softmax"
+        others = self.team.every(batch.targets) if in_batch else batch.targets
+        drawn = negatives(self.loss, self.counts_V, others, alike)
+        seen = _seen(batch, model.settings.objective == "masked") if self.loss.filter_seen else None
+        targets = Targets(batch.targets, drawn, seen)
+        with model.table.at_hand(torch.cat([batch.history.values, batch.targets, drawn.rows_S])):
+            with _precision(settings.precision, batch.targets.device):
+                exits = model.exits(batch.history, own, asked=batch.asked, positions=line, packed=settings.packed)
+            places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
+            states = [states_BTE.flatten(0, 1).index_select(0, places).float() for states_BTE in exits]
+            losses = [
+                LOSSES[self.loss.kind](model, states_NE, targets, self.loss, own)
+                for states_NE in states[-model.settings.blocks :]
+            ]
+        return torch.stack(losses).mean()
+
+    def learn(self, state: State[SequenceModel], batch: TrainingBatch) -> None:
+        """One step: a batch's loss, its gradient, and the change of the weights."""
+        own, alike = self.team.generators(state.generator, self.settings.seed, state.steps)
+        if self.model.settings.objective == "masked":
+            batch = mask(batch, self.settings.mask_share, own)
+        state.optimizer.begin(state.steps, state.steps_planned)
+        loss = (self._together or self)(batch, own, alike)
+        count = len(batch.targets) if batch.counts else 0
+        told = self.team.sum(torch.tensor([loss.item() * count, count], dtype=torch.float64))
+        total, targets = float(told[0]), int(told[1])
+        if not math.isfinite(total):
+            rates = {name: rate for name, rate in state.optimizer.settings.as_dict().items() if name.endswith("learning_rate")}
+            raise RecsysError(f"the loss became {total} in step {state.steps}; lower optimizer.learning_rate ({rates})")
+        share = count * self.team.size / max(1, targets)  # gradients are averaged over processes, losses over targets
+        (loss * share if self.team.size > 1 else loss).backward()
+        if self.team.size > 1 and not self.model.table.sharded and self.model.table.weight.grad is not None:
+            self.team.sum(self.model.table.weight.grad.div_(self.team.size))
+        state.optimizer.step(state.steps, state.steps_planned)
+        state.loss_sum, state.targets = state.loss_sum + total, state.targets + targets
+        state.step, state.steps = state.step + 1, state.steps + 1
 
 
 def _seen(batch: TrainingBatch, masked: bool) -> Seen:

@@ -75,78 +75,69 @@ class Seen:
         return Seen(column_M[found_M], before[self.begins_N], before[self.ends_N])
 
 
-Loss = Callable[[SequenceModel, Tensor, Tensor, LossSettings, Tensor, torch.Generator, Seen | None], Tensor]
-"""Model, placed states N × E, target rows N, settings, training events of each item V, generator, items that are no
-negatives → mean loss."""
+@dataclass(frozen=True)
+class Targets:
+    """What N states are to name, and what they tell it apart from."""
+
+    rows_N: Tensor
+    """Item rows, int64."""
+    negatives: Draw
+    """Shared by all; for softmax the whole catalogue."""
+    seen: Seen | None = None
+    """Items that are no negatives."""
+
+
+def negatives(settings: LossSettings, counts_V: Tensor, targets_N: Tensor, generator: torch.Generator) -> Draw:
+    """Those of a batch with these targets; for softmax all items. `counts_V` are training events, as for a Sampling."""
+    if settings.kind == "softmax":
+        rows_V = torch.arange(FIRST_ITEM, FIRST_ITEM + len(counts_V), device=counts_V.device)
+        return Draw(rows_V, torch.zeros_like(rows_V, dtype=torch.float32))
+    return SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
+
+
+Loss = Callable[[SequenceModel, Tensor, Targets, LossSettings, torch.Generator], Tensor]
+"""Model, placed states N × E, their targets, settings, generator → mean loss."""
 
 
 def softmax(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
-    settings: LossSettings,
-    counts_V: Tensor,
-    generator: torch.Generator,
-    seen: Seen | None = None,
+    model: SequenceModel, states_NE: Tensor, targets: Targets, settings: LossSettings, generator: torch.Generator
 ) -> Tensor:
     """Cross-entropy of each target over the whole catalogue."""
-    everything_S = torch.arange(FIRST_ITEM, FIRST_ITEM + model.items, device=targets_N.device)
-    positives_NE, items_SE = model.vectors(targets_N, generator), model.candidates(generator)
-    odds_S = states_NE.new_ones(model.items)
-    return _mean(states_NE, positives_NE, items_SE, targets_N, everything_S, odds_S, seen, _cross_entropy)
+    positives_NE, items_SE = model.vectors(targets.rows_N, generator), model.candidates(generator)
+    return _mean(states_NE, positives_NE, items_SE, targets, states_NE.new_ones(model.items), _cross_entropy)
 
 
 def sampled_softmax(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
-    settings: LossSettings,
-    counts_V: Tensor,
-    generator: torch.Generator,
-    seen: Seen | None = None,
+    model: SequenceModel, states_NE: Tensor, targets: Targets, settings: LossSettings, generator: torch.Generator
 ) -> Tensor:
     """Cross-entropy of each target against negatives shared over the batch: one matrix product.
 
     With `logq` a negative weighs 1 / probability of being drawn (Bengio & Senécal 2008), so that the negatives' sum is
     in expectation that of the full softmax.
     """
-    draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
-    log_inclusion_S = draw.log_inclusion_S.to(states_NE.dtype)
+    log_inclusion_S = targets.negatives.log_inclusion_S.to(states_NE.dtype)
     odds_S = torch.exp(-log_inclusion_S) if settings.logq else torch.ones_like(log_inclusion_S)
-    return _sampled(model, states_NE, targets_N, draw, odds_S, generator, seen, _cross_entropy)
+    return _sampled(model, states_NE, targets, odds_S, generator, _cross_entropy)
 
 
 def gbce(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
-    settings: LossSettings,
-    counts_V: Tensor,
-    generator: torch.Generator,
-    seen: Seen | None = None,
+    model: SequenceModel, states_NE: Tensor, targets: Targets, settings: LossSettings, generator: torch.Generator
 ) -> Tensor:
     """Generalised binary cross-entropy, -β log σ(positive) - Σ log(1 - σ(negative)) (gSASRec, Petrov & Macdonald 2023).
 
     β = α (t (1 - 1/α) + 1/α), where α is the share of the other items that was drawn and t the calibration.
     """
-    draw = SAMPLINGS[settings.sampling](counts_V, targets_N, settings.negatives, generator)
-    share = min(1.0, len(draw.rows_S) / max(1, model.items - 1))
+    share = min(1.0, len(targets.negatives.rows_S) / max(1, model.items - 1))
     beta = 1 - settings.calibration * (1 - share)
-    odds_S = states_NE.new_ones(len(draw.rows_S))
-    return _sampled(model, states_NE, targets_N, draw, odds_S, generator, seen, partial(_binary, beta=beta))
+    odds_S = states_NE.new_ones(len(targets.negatives.rows_S))
+    return _sampled(model, states_NE, targets, odds_S, generator, partial(_binary, beta=beta))
 
 
 def bce(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
-    settings: LossSettings,
-    counts_V: Tensor,
-    generator: torch.Generator,
-    seen: Seen | None = None,
+    model: SequenceModel, states_NE: Tensor, targets: Targets, settings: LossSettings, generator: torch.Generator
 ) -> Tensor:
     """Binary cross-entropy of the positive and of every negative: gBCE without calibration."""
-    return gbce(model, states_NE, targets_N, replace(settings, calibration=0.0), counts_V, generator, seen)
+    return gbce(model, states_NE, targets, replace(settings, calibration=0.0), generator)
 
 
 LOSSES: dict[str, Loss] = {"softmax": softmax, "sampled_softmax": sampled_softmax, "gbce": gbce, "bce": bce}
@@ -174,34 +165,21 @@ def _binary(logits_NS: Tensor, positive_N1: Tensor, odds_S: Tensor, beta: float)
 
 
 def _sampled(
-    model: SequenceModel,
-    states_NE: Tensor,
-    targets_N: Tensor,
-    draw: Draw,
-    odds_S: Tensor,
-    generator: torch.Generator,
-    seen: Seen | None,
-    judge: Judge,
+    model: SequenceModel, states_NE: Tensor, targets: Targets, odds_S: Tensor, generator: torch.Generator, judge: Judge
 ) -> Tensor:
     """One look-up of positives and negatives: its gradient is as large as the table, and two would be twice."""
-    vectors_ME = model.vectors(torch.cat([targets_N, draw.rows_S]), generator)
-    positives_NE, candidates_SE = vectors_ME.tensor_split([len(targets_N)])
-    return _mean(states_NE, positives_NE, candidates_SE, targets_N, draw.rows_S, odds_S, seen, judge)
+    vectors_ME = model.vectors(torch.cat([targets.rows_N, targets.negatives.rows_S]), generator)
+    positives_NE, candidates_SE = vectors_ME.tensor_split([len(targets.rows_N)])
+    return _mean(states_NE, positives_NE, candidates_SE, targets, odds_S, judge)
 
 
 def _mean(
-    states_NE: Tensor,
-    positives_NE: Tensor,
-    candidates_SE: Tensor,
-    targets_N: Tensor,
-    rows_S: Tensor,
-    odds_S: Tensor,
-    seen: Seen | None,
-    judge: Judge,
+    states_NE: Tensor, positives_NE: Tensor, candidates_SE: Tensor, targets: Targets, odds_S: Tensor, judge: Judge
 ) -> Tensor:
     """Mean loss of the positive against the candidates, whose rows ascend; the target and what was seen are left out."""
-    column_N = torch.searchsorted(rows_S, targets_N).clamp_(max=len(rows_S) - 1)
-    hit_N = rows_S[column_N] == targets_N
+    rows_S, seen = targets.negatives.rows_S, targets.seen
+    column_N = torch.searchsorted(rows_S, targets.rows_N).clamp_(max=len(rows_S) - 1)
+    hit_N = rows_S[column_N] == targets.rows_N
     loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         states_NE, positives_NE, candidates_SE, odds_S, column_N[:, None], hit_N[:, None], seen and seen.among(rows_S), judge
     )

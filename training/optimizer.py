@@ -6,14 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config import Settings
 
-KINDS = ("adamw", "muon")
+if TYPE_CHECKING:
+    from training.distributed import ShardedTable
+
+KINDS = ("adamw", "muon", "sgd")
+TABLE_KINDS = ("same", "sgd", "adagrad", "rowwise_adagrad", "adam")
+EPSILON = 1e-8
+"""What Adagrad adds to the root by which it divides."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,10 @@ class OptimizerSettings(Settings):
     section: ClassVar[str] = "optimizer"
 
     kind: str = "adamw"
-    """adamw for all weights, or muon for all matrices but tables with adamw for the rest."""
+    """adamw or sgd for all weights, or muon for all matrices but tables with adamw for the rest."""
+    table: str = "same"
+    """Of the item table alone: same (as the rest), sgd, adagrad, rowwise_adagrad (one number a row is kept), or adam. With
+    model.embedding "torchrec" all but same change only the rows that a step reads, and processes hold parts of the table."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW, per step."""
     embedding_learning_rate: float = 0.0
@@ -40,6 +49,10 @@ class OptimizerSettings(Settings):
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        if self.table not in TABLE_KINDS:
+            raise ValueError(f"table must be one of {', '.join(TABLE_KINDS)}, found {self.table!r}")
+        if self.table != "same" and self.ema:
+            raise ValueError("ema reads the whole table in every step; set it to 0, or table to same")
         for name in ("learning_rate", "muon_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
@@ -49,18 +62,25 @@ class OptimizerSettings(Settings):
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1, found {self.ema}")
 
+    def in_parts(self, embedding: str) -> bool:
+        """Whether processes hold parts of the table of this backend (model.embedding)."""
+        return self.table != "same" and embedding == "torchrec"
+
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused, and where asked Muon (Jordan et al. 2024) and an average of the weights.
 
-    Matrices decay; tables, biases of attention, positions, norms and biases do not.
+    Matrices decay; tables, biases of attention, positions, norms and biases do not. The rows of a table in parts, `sharded`,
+    change while its gradient is made; they only hear of the rate.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
-        self.settings, self.model = settings, model
-        table, matrices, rest = [], [], []
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, sharded: ShardedTable | None = None) -> None:
+        self.settings, self.model, self.sharded = settings, model, sharded
+        items, table, matrices, rest = [], [], [], []
         for name, parameter in model.named_parameters():
-            if name.startswith(("table.", "content.", "fusion.category_table")):
+            if name.startswith("table.") and settings.table != "same":
+                items.append(parameter)
+            elif name.startswith(("table.", "content.", "fusion.category_table")):
                 table.append(parameter)
             elif (
                 name.startswith(("blocks.", "fusion.", "text_attention.")) and name.endswith(".weight") and parameter.ndim == 2
@@ -71,20 +91,35 @@ class Optimizer:
         rate, decay = settings.learning_rate, settings.weight_decay
         groups: list[dict[str, Any]] = [
             {"params": rest, "peak": rate, "weight_decay": 0.0},
-            {"params": table, "peak": settings.embedding_learning_rate or rate, "weight_decay": 0.0},
+            {"params": table, "peak": self.table_peak, "weight_decay": 0.0},
         ]
         self.parts: list[torch.optim.Optimizer] = []
         if settings.kind == "muon":
             self.parts.append(Muon([{"params": matrices, "peak": settings.muon_learning_rate, "weight_decay": decay}]))
         else:
             groups.append({"params": matrices, "peak": rate, "weight_decay": decay})
-        self.parts.insert(0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))
+        if settings.kind == "sgd":
+            self.parts.append(torch.optim.SGD(groups, lr=rate))
+        else:
+            self.parts.insert(0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))
+        if items and sharded is None:
+            self.parts.append(_of_table(settings.table, [{"params": items, "peak": self.table_peak}]))
         self.average = [p.detach().clone() for p in model.parameters()] if settings.ema else []
 
     @property
+    def table_peak(self) -> float:
+        """Peak rate of tables."""
+        return self.settings.embedding_learning_rate or self.settings.learning_rate
+
+    @property
     def rate(self) -> float:
-        """Rate of AdamW in the last step."""
+        """Rate of AdamW, or SGD, in the last step."""
         return float(self.parts[0].param_groups[0]["lr"])
+
+    def begin(self, step: int, steps: int) -> None:
+        """Before the gradients of a step are made, whose numbers are those of `step`."""
+        if self.sharded is not None:
+            self.sharded.set_rate(rate_at(step, steps, self.settings.warmup_steps, self.table_peak))
 
     @torch.no_grad()
     def step(self, step: int, steps: int) -> None:
@@ -125,6 +160,32 @@ class Optimizer:
         with torch.no_grad():
             for average, saved in zip(self.average, state["average"], strict=True):
                 average.copy_(saved)
+
+
+def _of_table(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser of a table in one piece."""
+    if kind == "rowwise_adagrad":
+        return RowwiseAdagrad(groups)
+    return torch.optim.SGD(groups) if kind == "sgd" else torch.optim.Adagrad(groups, eps=EPSILON)
+
+
+class RowwiseAdagrad(torch.optim.Optimizer):
+    """Adagrad (Duchi et al. 2011) with one number a row, the sum of its gradients' mean squares; as in fbgemm."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has overloads
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for table in (table for table in group["params"] if table.grad is not None):
+                if not self.state[table]:
+                    self.state[table]["squares"] = table.new_zeros(len(table), 1)
+                squares_V1 = self.state[table]["squares"].add_(table.grad.square().mean(1, keepdim=True))
+                table.addcdiv_(table.grad, squares_V1.sqrt() + EPSILON, value=-group["lr"])
+        return loss
 
 
 class Muon(torch.optim.Optimizer):

@@ -84,7 +84,7 @@ def fit_ranker(
     `training.loop.fit`. Raises RecipeError: as refuse_ranker.
     """
     refuse_ranker(model.settings, settings)
-    device = model.table.weight.device
+    device = model.table.device
     learnable = sequences.learnable(model.items)
     companions = Companions.of(learnable, model.items, settings.companions) if settings.companions else None
     ranker = Ranker(settings, model.settings, model.items, model.content, companions)

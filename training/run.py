@@ -30,15 +30,17 @@ from recsys.model import WEIGHTS, ModelSettings, SequenceModel, model_from
 from recsys.ranker import COMPANIONS, RANKER, RankerSettings
 from recsys.text import Progress, TextSettings
 from recsys.tracking import Tracking
-from training.loop import Observation, TrainSettings, fit
+from training.loop import Observation, TrainSettings, fit, refuse_settings
 from training.losses import LossSettings
 from training.optimizer import OptimizerSettings
 from training.ranking import RankingSettings, fit_ranker, refuse_ranker
+from training.start import begin_with, refuse_start
+from training.team import Team, joined
 from training.validate import depth_curve
 
 MODEL = "model"
-CHECKPOINT = "checkpoint.pt"
-RANKER_CHECKPOINT = "ranker.pt"
+CHECKPOINT = "checkpoint"
+RANKER_CHECKPOINT = "checkpoint-ranker"
 CURVE = "curve.jsonl"
 RUN = "run.json"
 ITEMS = "items.parquet"
@@ -55,80 +57,111 @@ def train(
     device: torch.device,
     tracking: Tracking,
     base: Path | None = None,
+    start: Path | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Directory:
     """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
 
     A finished run is opened, not trained again. With `base`, a finished run, its sequence model is taken and the ranker alone
-    is learnt. `progress` hears of texts that are encoded. Raises RecsysError: `out` holds a run of another recipe or data
-    set, or `base` is of another one.
+    is learnt; with `start` learning begins with the weights of one, item by item. `progress` hears of texts that are encoded,
+    `tell` of how the work is dealt. Where torchrun started several processes, all of them call this, and the first one writes.
+    Raises RecsysError: `out` holds a run of another recipe or data set, `base` is of another one, or `start` of other settings.
     """
     digest = dataset.manifest["hash"]
+    if base is not None and start is not None:
+        raise RecipeError("with --model nothing of the sequence model is learnt; leave out --start")
+    begun = None if start is None else open_directory(start / MODEL)
     base_id = "" if base is None else str(open_directory(base / MODEL, verify=False).manifest["id"])
-    key = run_key(recipe, digest, base_id)
+    start_id = "" if begun is None else str(begun.manifest["id"])
+    key = run_key(recipe, digest, base_id, start_id)
+    if begun is not None and start is not None:
+        refuse_start(begun, recipe, start)
+    refuse_recipe(recipe, device, base is not None)
+    parts = OptimizerSettings(**recipe[OptimizerSettings.section]).in_parts(recipe[ModelSettings.section]["embedding"])
+    with joined(device, parts) as team:
+        if base is not None and team.size > 1:
+            raise RecipeError("with --model a ranker alone is learnt, by one process; start no more")
+        if team.first(not team.rank and _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file()):
+            return open_directory(out / MODEL)
+        on = f"{key} on {device.type}"
+        if team.rank:
+            _learn(dataset, recipe, team, begun, out / CHECKPOINT, on, observe, progress, tell)
+            team.wait()
+            return open_directory(out / MODEL, verify=False)
+        taken = None if base is None else _taken(base, dataset, recipe, device)  # refused before anything is written
+        with tracking.run(out.name):
+            tracking.settings_of(recipe)
+            counts = json.dumps(dataset.manifest["counts"])
+            tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), counts)
+            said = {"key": key, "base": base_id, "start": start_id, "recipe": recipe, "tracking": tracking.address}
+            write_file(out / RUN, json.dumps(said, indent=1).encode())
+            started, around = time.monotonic(), environment(device, team.size)
+
+            def watch(observation: Observation) -> None:
+                if observation.validation is not None:
+                    figures = {f"validation_{name}": value for name, value in observation.validation.items()}
+                    curve = {
+                        "loss": observation.loss,
+                        "learning_rate": observation.learning_rate,
+                        "epoch_seconds": observation.seconds,
+                    }
+                    prefix = "" if observation.part == "model" else f"{observation.part}_"
+                    tracking.metrics({prefix + name: value for name, value in {**curve, **figures}.items()}, observation.epoch)
+                observe(observation)
+
+            learnt = taken or _learn(dataset, recipe, team, begun, out / CHECKPOINT, on, watch, progress, tell)
+            if recipe.get(RankerSettings.section, {}).get("blocks"):
+                _rank(learnt, dataset, recipe, out / RANKER_CHECKPOINT, on, watch)
+            write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in learnt.curve).encode())
+            clock = {
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - started, 1),
+                "tracking": tracking.address,
+                "dataset": str(dataset.path.absolute()),
+                "base": base_id,
+                "start": {} if start is None else {"id": start_id, "run": str(start.absolute())},
+                "environment": around,
+            }
+            told = {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")}
+            told |= {"events_sha256": dataset.manifest["files"]["events.parquet"]["sha256"]}  # by these a leak is found
+            told |= {"learnt_until": learnt.until}
+            manifest = {
+                "kind": "model",
+                "name": name,
+                "recipe": recipe,
+                "dataset": told,
+                **learnt.about,
+                "curve": learnt.curve,
+                "clock": clock,
+            }
+            writers: dict[str, Writer] = {ITEMS: partial(shutil.copyfile, dataset.path / ITEMS), **learnt.writers}
+            model = publish(out / MODEL, writers, manifest)
+            for path in (out / CURVE, out / MODEL / MANIFEST):
+                tracking.file(path)
+        for folder in (CHECKPOINT, RANKER_CHECKPOINT):
+            shutil.rmtree(out / folder, ignore_errors=True)
+        team.wait()
+        return model
+
+
+def refuse_recipe(recipe: Recipe, device: torch.device, ranker_alone: bool = False) -> None:
+    """Raises RecipeError, or SetupError: settings that do not go together, or not here."""
     if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
         raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
     if recipe.get(RankerSettings.section, {}).get("blocks"):
         refuse_ranker(ModelSettings(**recipe[ModelSettings.section]), RankerSettings(**recipe[RankerSettings.section]))
-    elif base is not None:
+    elif ranker_alone:
         raise RecipeError(
             "a model is taken and ranker.blocks is 0, so nothing is left to learn; set ranker.blocks to 1 or more"
         )
-    if _begun(out, key, tracking) and (out / MODEL / MANIFEST).is_file():
-        return open_directory(out / MODEL)
-    taken = None if base is None else _taken(base, dataset, recipe, device)  # refused before anything is written
-    with tracking.run(out.name):
-        tracking.settings_of(recipe)
-        tracking.dataset(str(dataset.manifest["recipe"]), digest, str(dataset.path), json.dumps(dataset.manifest["counts"]))
-        said = {"key": key, "base": base_id, "recipe": recipe, "tracking": tracking.address}
-        write_file(out / RUN, json.dumps(said, indent=1).encode())
-        started, around = time.monotonic(), environment(device)
-
-        def watch(observation: Observation) -> None:
-            if observation.validation is not None:
-                figures = {f"validation_{name}": value for name, value in observation.validation.items()}
-                curve = {
-                    "loss": observation.loss,
-                    "learning_rate": observation.learning_rate,
-                    "epoch_seconds": observation.seconds,
-                }
-                prefix = "" if observation.part == "model" else f"{observation.part}_"
-                tracking.metrics({prefix + name: value for name, value in {**curve, **figures}.items()}, observation.epoch)
-            observe(observation)
-
-        on = f"{key} on {device.type}"
-        learnt = taken or _learn(dataset, recipe, device, out / CHECKPOINT, on, watch, progress)
-        if recipe.get(RankerSettings.section, {}).get("blocks"):
-            _rank(learnt, dataset, recipe, out / RANKER_CHECKPOINT, on, watch)
-        write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in learnt.curve).encode())
-        clock = {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - started, 1),
-            "tracking": tracking.address,
-            "dataset": str(dataset.path.absolute()),
-            "base": base_id,
-            "environment": around,
-        }
-        told = {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items", "counts")}
-        told |= {"events_sha256": dataset.manifest["files"]["events.parquet"]["sha256"]}  # by these a leak is found
-        told |= {"learnt_until": dataset.sequences.learnt_until}
-        manifest = {
-            "kind": "model",
-            "name": name,
-            "recipe": recipe,
-            "dataset": told,
-            **learnt.about,
-            "curve": learnt.curve,
-            "clock": clock,
-        }
-        writers: dict[str, Writer] = {ITEMS: partial(shutil.copyfile, dataset.path / ITEMS), **learnt.writers}
-        model = publish(out / MODEL, writers, manifest)
-        for path in (out / CURVE, out / MODEL / MANIFEST):
-            tracking.file(path)
-    for file in (CHECKPOINT, RANKER_CHECKPOINT):
-        (out / file).unlink(missing_ok=True)
-    return model
+    refuse_settings(
+        ModelSettings(**recipe[ModelSettings.section]),
+        TrainSettings(**recipe[TrainSettings.section]),
+        OptimizerSettings(**recipe[OptimizerSettings.section]),
+        device,
+    )
 
 
 @dataclass
@@ -141,34 +174,43 @@ class _Learnt:
     writers: dict[str, Writer]
     curve: list[dict[str, Any]]
     """One entry a validation."""
+    until: int
+    """Time of the latest event that was learnt."""
 
 
 def _learn(
     dataset: Dataset,
     recipe: Recipe,
-    device: torch.device,
+    team: Team,
+    start: Directory | None,
     checkpoint: Path,
     key: str,
     observe: Callable[[Observation], None],
     progress: Progress | None,
+    tell: Callable[[str], None],
 ) -> _Learnt:
-    """Train the sequence model."""
+    """Train the sequence model, as one process of a team."""
     encoder, content = None, None
+    sequences = dataset.share(team.rank, team.size)
     if recipe[ModelSettings.section]["text"] != "none":
-        encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress)
+        fitted = None if start is None else ContentEncoder.load(start.path / ENCODER)
+        encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress, fitted)
+    train = TrainSettings(**recipe[TrainSettings.section])
     state = fit(
-        dataset.sequences,
+        sequences,
         dataset.manifest["warm_items"],
         ModelSettings(**recipe[ModelSettings.section]),
-        TrainSettings(**recipe[TrainSettings.section]),
+        train,
         LossSettings(**recipe[LossSettings.section]),
         OptimizerSettings(**recipe[OptimizerSettings.section]),
         TextSettings(**recipe[TextSettings.section]),
         content=content,
-        device=device,
+        start=None if start is None else partial(begin_with, run=start, dataset=dataset, seed=train.seed),
+        team=team,
         checkpoint=checkpoint,
         key=key,
         observe=observe,
+        tell=tell,
     )
     best = next(line for line in state.curve if line["epoch"] == state.best_epoch)
     about = {
@@ -177,13 +219,13 @@ def _learn(
         "best_epoch": state.best_epoch,
         "quality": {"validation": {key: best[key] for key in best if "@" in key}},
     }
-    if state.model.settings.early_exit:
+    if state.model.settings.early_exit and not team.rank:
         about["depth_curve"] = depth_curve(state.model, dataset.sequences)
     writers: dict[str, Writer] = {WEIGHTS: lambda path: save_file(state.model.weights(), path)}
     if encoder is not None and content is not None:
         about["items_without_text"] = int((content.tokens_VL == 0).all(1).sum())
         writers |= {CONTENT: content.save, ENCODER: encoder.save}
-    return _Learnt(state.model, about, writers, list(state.curve))
+    return _Learnt(state.model, about, writers, list(state.curve), team.most(sequences.learnt_until))
 
 
 def _taken(base: Path, dataset: Dataset, recipe: Recipe, device: torch.device) -> _Learnt:
@@ -204,7 +246,7 @@ def _taken(base: Path, dataset: Dataset, recipe: Recipe, device: torch.device) -
         for file in (WEIGHTS, CONTENT, ENCODER)
         if file in directory.manifest["files"]
     }
-    return _Learnt(model_from(directory, device.type), about, writers, [])
+    return _Learnt(model_from(directory, device.type), about, writers, [], dataset.sequences.learnt_until)
 
 
 ABOUT = ("items", "parameters", "best_epoch", "quality", "depth_curve", "items_without_text")
@@ -239,25 +281,28 @@ def _rank(
     learnt.curve += [{"part": "ranker", **line} for line in state.curve]
 
 
-def read_content(dataset: Dataset, settings: TextSettings, progress: Progress | None = None) -> tuple[ContentEncoder, Content]:
-    """The encoder, fitted on the items with training events, and what it makes of all items."""
+def read_content(
+    dataset: Dataset, settings: TextSettings, progress: Progress | None = None, fitted: ContentEncoder | None = None
+) -> tuple[ContentEncoder, Content]:
+    """The encoder, fitted on the items with training events where none is given, and what it makes of all items."""
     described, cache, learnt = dataset.described, cache_folder() / "text.sqlite", dataset.manifest["warm_items"]
-    encoder = ContentEncoder.fit(described.take(learnt), settings, cache, progress)
+    encoder = fitted or ContentEncoder.fit(described.take(learnt), settings, cache, progress)
     content, events = encoder.encode(described, cache, progress), dataset.items["events"].to_list()
     return encoder, content.with_neighbours(range(len(content)), learnt, events, settings.neighbours)
 
 
-def run_key(recipe: Recipe, digest: str, base: str = "") -> str:
-    """What decides a run's weights: the sections that `fit` takes, the data set's hash, and the id of the taken model."""
+def run_key(recipe: Recipe, digest: str, base: str = "", start: str = "") -> str:
+    """What decides a run's weights: the sections that `fit` takes, the data set's hash, and the id of the taken model, or of
+    the one that learning began with."""
     decisive = {owner.section: recipe[owner.section] for owner in DECISIVE}
     if recipe.get(RankerSettings.section, {}).get("blocks"):
         decisive |= {owner.section: recipe[owner.section] for owner in RANKING}
-    taken = [base] if base else []
+    taken = [base] if base else [f"from {start}"] if start else []
     return hashlib.sha256(json.dumps([decisive, digest, *taken], sort_keys=True).encode()).hexdigest()
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
-    """What may change a run beside its recipe, data and seed: versions, the code itself, threads, device and processor."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, str | int]:
+    """What may change a run beside its recipe, data and seed: versions, the code, processes, threads, device, processor."""
     folders = (Path(__file__).parents[1] / name for name in ("recsys", "features", "training"))
     sources = sorted(path for folder in folders for path in folder.glob("*.py"))
     processors = Path("/proc/cpuinfo")
@@ -268,6 +313,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "numpy")},
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "processor": named[0] if named else platform.processor() or platform.machine(),

@@ -17,7 +17,7 @@ from training.data import WINDOWS
 from training.loop import Observation, TrainSettings, choose_device, fit
 from training.losses import LOSSES, LossSettings
 from training.negatives import SAMPLINGS
-from training.optimizer import KINDS, OptimizerSettings
+from training.optimizer import KINDS, TABLE_KINDS, OptimizerSettings
 from training.validate import validate
 
 MODEL = ModelSettings(embedding_size=16, blocks=1, heads=2, hidden_size=23, length=11, dropout=0.1)
@@ -41,11 +41,19 @@ def same(one, other) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+RATES = {
+    "sgd": {"learning_rate": 0.3, "embedding_learning_rate": 3.0},
+    "adagrad": {"embedding_learning_rate": 0.1},
+    "rowwise_adagrad": {"embedding_learning_rate": 0.1},
+}
+"""Where others than AdamW's are needed."""
+
 LEARNERS = {
     **{f"loss {kind}": [dataclasses.replace(LOSS, kind=kind), dataclasses.replace(TRAIN, epochs=60)] for kind in LOSSES},
     **{f"sampling {kind}": [dataclasses.replace(LOSS, sampling=kind)] for kind in SAMPLINGS},
     "unseen negatives": [dataclasses.replace(LOSS, filter_seen=True)],
-    **{f"optimizer {kind}": [dataclasses.replace(OPTIMIZER, kind=kind)] for kind in KINDS},
+    **{f"optimizer {kind}": [dataclasses.replace(OPTIMIZER, kind=kind, **RATES.get(kind, {}))] for kind in KINDS},
+    **{f"table by {kind}": [dataclasses.replace(OPTIMIZER, table=kind, **RATES[kind])] for kind in TABLE_KINDS[1:-1]},
     **{f"block {kind}": [dataclasses.replace(MODEL, block=kind)] for kind in BLOCKS},
     **{f"attention {kind}": [dataclasses.replace(MODEL, attention=kind, span=4)] for kind in PATTERNS},
     **{f"positions {kind}": [dataclasses.replace(MODEL, positions=kind)] for kind in POSITIONS},

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from recsys.batch import FIRST_ITEM
 from recsys.model import ModelSettings, SequenceModel
 from training import losses
-from training.losses import LOSSES, LossSettings, Seen
+from training.losses import LOSSES, LossSettings, Seen, Targets, negatives
 from training.negatives import SAMPLINGS
 
 ITEMS, TARGETS = 101, 37
@@ -28,6 +28,12 @@ def setting(request):
     model.initialise(generator)
     states = torch.randn(TARGETS, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     return model, states, torch.randint(FIRST_ITEM, FIRST_ITEM + ITEMS, (TARGETS,), generator=generator)
+
+
+def loss_of(name, model, states, targets, settings, generator, seen=None, counts=COUNTS):
+    """A loss as training has it: its negatives are drawn first."""
+    drawn = negatives(replace(settings, kind=name), counts, targets, generator)
+    return LOSSES[name](model, states, Targets(targets, drawn, seen), settings, generator)
 
 
 def dense(name, model, states, targets, settings, generator, seen=None):
@@ -64,7 +70,7 @@ def test_a_loss_and_its_gradient_are_those_of_its_formula(setting, monkeypatch, 
     model, states, targets = setting
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
     settings = LossSettings(name, negatives=31, sampling=sampling, logq=logq)
-    ours = LOSSES[name](model, states * scale, targets, settings, COUNTS, torch.Generator().manual_seed(5), seen)
+    ours = loss_of(name, model, states * scale, targets, settings, torch.Generator().manual_seed(5), seen)
     wanted = dense(name, model, states * scale, targets, settings, torch.Generator().manual_seed(5), seen)
     for found, expected in zip(values(ours, model, states), values(wanted, model, states), strict=True):
         assert torch.allclose(found, expected)
@@ -76,11 +82,11 @@ def test_float32_is_exact_to_its_precision(name):
     model = SequenceModel(ModelSettings(embedding_size=8, similarity="cosine"), ITEMS).initialise(generator)
     states = torch.randn(1031, 8, generator=generator).mul_(5).requires_grad_()
     targets = torch.randint(FIRST_ITEM, FIRST_ITEM + ITEMS, (1031,), generator=generator)
-    arguments = targets, LossSettings(name, 31), COUNTS
-    found = values(LOSSES[name](model, states, *arguments, torch.Generator().manual_seed(5)), model, states)
+    arguments = targets, LossSettings(name, 31)
+    found = values(loss_of(name, model, states, *arguments, torch.Generator().manual_seed(5)), model, states)
     model.double()
     exact = states.detach().double().requires_grad_()
-    expected = values(LOSSES[name](model, exact, *arguments, torch.Generator().manual_seed(5)), model, exact)
+    expected = values(loss_of(name, model, exact, *arguments, torch.Generator().manual_seed(5)), model, exact)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
@@ -88,8 +94,8 @@ def test_float32_is_exact_to_its_precision(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_catalogue_whose_every_candidate_is_the_target_leaves_nothing_to_push_away(name):
     model = SequenceModel(ModelSettings(embedding_size=8), 1).initialise(torch.Generator().manual_seed(0))
-    arguments = torch.ones(3, 8), torch.full((3,), FIRST_ITEM), LossSettings(name, 5), torch.tensor([3])
-    loss = LOSSES[name](model, *arguments, torch.Generator())
+    arguments = torch.ones(3, 8), torch.full((3,), FIRST_ITEM), LossSettings(name, 5)
+    loss = loss_of(name, model, *arguments, torch.Generator(), counts=torch.tensor([3]))
     positive = model.vectors(torch.tensor([FIRST_ITEM])).sum()
     assert torch.allclose(loss, torch.zeros(()) if "softmax" in name else F.softplus(-positive))
 
@@ -106,9 +112,9 @@ def test_with_logq_the_mean_of_sampled_softmax_nears_the_full_softmax(sampling):
         targets = torch.multinomial(COUNTS.float(), 101, replacement=True, generator=generator) + FIRST_ITEM
         found.append(
             [
-                losses.softmax(model, states, targets, sampled, COUNTS, generator),
-                losses.sampled_softmax(model, states, targets, sampled, COUNTS, generator),
-                losses.sampled_softmax(model, states, targets, uncorrected, COUNTS, generator),
+                loss_of("softmax", model, states, targets, sampled, generator),
+                loss_of("sampled_softmax", model, states, targets, sampled, generator),
+                loss_of("sampled_softmax", model, states, targets, uncorrected, generator),
             ]
         )
     full, corrected, raw = torch.tensor(found).mean(0)
@@ -140,7 +146,8 @@ def test_no_loss_holds_or_saves_targets_times_items(name, monkeypatch):
 
     with Watch(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         settings = LossSettings(name, negatives=2053)
-        LOSSES[name](model, states, rows, settings, torch.ones(items), torch.Generator().manual_seed(0)).backward()
+        generator = torch.Generator().manual_seed(0)
+        loss_of(name, model, states, rows, settings, generator, counts=torch.ones(items)).backward()
     assert largest <= 2 * size * items  # the table is 4 × items; targets × items would be 1031 × items
     assert 0 < saved <= (size + 1) * (3 * targets + items)
 
@@ -151,7 +158,7 @@ def test_each_option_changes_the_loss_that_reads_it(setting, name):
     base = LossSettings(name, negatives=31)
 
     def loss(settings):
-        return LOSSES[name](model, states, targets, settings, COUNTS, torch.Generator().manual_seed(5)).item()
+        return loss_of(name, model, states, targets, settings, torch.Generator().manual_seed(5)).item()
 
     changes = {"negatives": 13, "sampling": "popularity", **({"calibration": 0.5} if name == "gbce" else {"logq": False})}
     for option, value in changes.items():

@@ -1,0 +1,179 @@
+"""Checkpoints of a training: written beside it, whole or not at all, by any number of processes and read by any other."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys.bundle import flush
+from recsys.errors import RecsysError
+from training.team import ALONE, Team
+
+PLAIN = "plain"
+"""Name of the tensor that holds all that is no tensor."""
+ALONE_REMARK = "torch.distributed is disabled"
+"""How torch begins to say that one process writes alone, as it was told to."""
+TABLE = "table."
+"""Stands before the names of what processes hold parts of."""
+
+
+class Checkpoints:
+    """A folder of checkpoints, by torch.distributed.checkpoint: each a directory named by its number, the newest one counts.
+
+    A new one is written by threads while training goes on, from a copy of the state. It gets its name when every process has
+    written its part; only then the one before goes.
+    """
+
+    def __init__(self, folder: Path, key: str, team: Team = ALONE) -> None:
+        self.folder, self.key, self.team = folder, key, team
+        warnings.filterwarnings("ignore", ALONE_REMARK, UserWarning)  # from a thread, which no context manager reaches
+        self._writing: tuple[int, Any, Collection[int]] | None = None
+        self._group = torch.distributed.new_group(backend="gloo") if team.size > 1 else None  # threads talk beside training
+        if team.rank == 0:
+            for left in folder.glob(".*.tmp"):
+                shutil.rmtree(left)
+        team.wait()
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest one; -1 where there is none."""
+        numbers = [int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit()] if not self.team.rank else []
+        return self.team.most(max(numbers, default=-1))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:09d}"
+
+    def save(self, number: int, tree: Mapping[str, Any], parts: Mapping[str, Any], keep: Collection[int] = ()) -> None:
+        """Begin to write nested dicts and lists of tensors and plain values, and the `parts` of a table.
+
+        When it is done, all others but those to `keep` go.
+        """
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.finish()
+        tensors: dict[str, Tensor] = {}
+        plain = io.BytesIO()
+        torch.save({"key": self.key, "tree": _without_tensors(tree, "tree", tensors)}, plain)
+        tensors[PLAIN] = torch.frombuffer(bytearray(plain.getvalue()), dtype=torch.uint8)
+        temporary = self.folder / f".{number:09d}.tmp"
+        if self.team.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.team.wait()
+        with _quiet():
+            future = async_save(
+                {**tensors, **{TABLE + name: part for name, part in parts.items()}},
+                storage_writer=FileSystemWriter(temporary),
+                process_group=self._group,
+                no_dist=self.team.size == 1,
+            )
+        self._writing = number, future, {number, *keep}
+
+    def poll(self) -> None:
+        """Give the one that is written its name where it is done."""
+        if self._writing is not None and self._writing[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the one that is written is there. Raises RecsysError: it could not be written."""
+        if self._writing is None:
+            return
+        (number, future, keep), self._writing = self._writing, None
+        try:
+            with _quiet():
+                future.result()
+        except Exception as error:  # of any thread of any process
+            raise RecsysError(f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); free the disk") from None
+        if self.team.rank == 0:
+            shutil.rmtree(self.path(number), ignore_errors=True)
+            os.rename(self.folder / f".{number:09d}.tmp", self.path(number))
+            flush(self.folder)
+            for path in self.folder.glob("[0-9]*"):
+                if int(path.name) not in keep:
+                    shutil.rmtree(path)
+
+    def load(self, number: int, parts: Mapping[str, Any]) -> Any:
+        """The tree of a checkpoint; what it has of `parts` is put into them.
+
+        Raises RecsysError: it belongs to another recipe or data set, or is broken.
+        """
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        path = self.path(number)
+        try:
+            names = _metadata(path)
+            whole = {name: told for name, told in names.items() if not name.startswith(TABLE)}
+            tensors = {name: torch.empty(told.size, dtype=told.properties.dtype) for name, told in whole.items()}
+            wanted = {**tensors, **{TABLE + name: part for name, part in parts.items() if TABLE + name in names}}
+            with _quiet():
+                load(wanted, storage_reader=FileSystemReader(path), process_group=self._group, no_dist=self.team.size == 1)
+            saved = torch.load(io.BytesIO(tensors[PLAIN].numpy().tobytes()), weights_only=True)
+        except Exception as error:  # torch raises many kinds; all mean the same to the user
+            raise RecsysError(f"{path}: cannot be read ({type(error).__name__}); delete it to train from the start") from None
+        if saved["key"] != self.key:
+            raise RecsysError(
+                f"{path}: belongs to another recipe, data set or device; give another run directory or delete this one"
+            )
+        return _with_tensors(saved["tree"], tensors)
+
+
+def read_table(path: Path) -> Tensor:
+    """The whole item table of a checkpoint, whose processes held parts of it. Needs neither them nor TorchRec."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    told = _metadata(path)[f"{TABLE}weight"]
+    table = torch.empty(told.size, dtype=told.properties.dtype)
+    with _quiet():
+        load({f"{TABLE}weight": table}, storage_reader=FileSystemReader(path), no_dist=True)
+    return table
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    found: Mapping[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    return found
+
+
+def _without_tensors(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The same with the names of tensors in their places, which are put into `tensors`."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        return {key: _without_tensors(value, f"{name}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_tensors(value, f"{name}/{place}", tensors) for place, value in enumerate(tree)]
+    return tree
+
+
+def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {"tensor"}:
+            return tensors[tree["tensor"]]
+        return {key: _with_tensors(value, tensors) for key, value in tree.items()}
+    return [_with_tensors(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of torch.distributed.checkpoint, as on there being one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
