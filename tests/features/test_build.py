@@ -126,7 +126,7 @@ def test_a_part_has_about_as_many_events_as_are_at_once_in_memory(sampled: int, 
     monkeypatch.setattr(features.parts, "AT_ONCE", 307)
     monkeypatch.setattr(features.parts, "SAMPLED", sampled)
     events = pl.select(row=pl.int_range(4099)).select(user_id=(pl.col("row") * 37 % 211).cast(pl.String)).lazy()
-    parts = [part.of(events).collect()["user_id"].to_list() for part in features.parts.deal(events)]
+    parts = [part.of(events).collect()["user_id"].to_list() for part in features.parts.divide(events)]
     assert sorted(user for part in parts for user in part) == sorted(events.collect()["user_id"].to_list())
     assert all(max(part) < min(later) for part, later in itertools.pairwise(parts))
     assert max(map(len, parts)) < 2 * 307
