@@ -136,24 +136,10 @@ class Dataset:
         """
         import torch
 
-        from recsys.batch import Sequences, deal
+        from recsys.batch import Sequences
 
-        path, table = self.path / "sequences.parquet", pl.DataFrame()
-        if ranks == 1:
-            table = pl.read_parquet(path)
-        else:
-            costs = torch.tensor(pl.read_parquet(path, columns=["train_end"]).to_series().to_numpy(), dtype=torch.int64)
-            parts, own = torch.arange(len(costs)) // LIST_ROWS, torch.ones(len(costs), dtype=torch.bool)
-            groups = torch.bincount(parts, costs).long()
-            if len(groups) < GROUPS * ranks:
-                own = deal(costs, ranks) == rank
-                chosen = list(range(len(groups)))
-            else:
-                chosen = (deal(groups, ranks) == rank).nonzero().flatten().tolist()
-            rows = pl.scan_parquet(path)
-            pieces = (rows.slice(group * LIST_ROWS, LIST_ROWS).collect() for group in chosen)
-            mine = (pl.Series(own[group * LIST_ROWS : (group + 1) * LIST_ROWS].numpy()) for group in chosen)
-            table = pl.concat([piece.filter(some) for piece, some in zip(pieces, mine, strict=True)])
+        rows = pl.scan_parquet(self.path / "sequences.parquet")
+        table = rows.collect() if ranks == 1 else pl.concat(self._dealt(rows, rank, ranks))
         table = table.drop("user_id")
         lengths = torch.tensor(table["items"].list.len().to_numpy(), dtype=torch.int64)
         return Sequences(
@@ -162,3 +148,22 @@ class Dataset:
             offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             **{name: torch.tensor(table[name].to_numpy(), dtype=torch.int64) for name in table.columns[2:]},
         )
+
+    @staticmethod
+    def _dealt(rows: pl.LazyFrame, rank: int, ranks: int) -> Iterator[pl.DataFrame]:
+        """The rows of one process, a row group at a time."""
+        from torch import from_numpy
+
+        from recsys.batch import deal
+
+        costs = pl.col("train_end").cast(pl.Int64)
+        group = (pl.int_range(pl.len()) // LIST_ROWS).alias("group")
+        groups = rows.group_by(group).agg(costs.sum()).sort("group").collect(engine="streaming")["train_end"]
+        if len(groups) >= GROUPS * ranks:
+            for own in (deal(from_numpy(groups.to_numpy().copy()), ranks) == rank).nonzero().flatten().tolist():
+                yield rows.slice(own * LIST_ROWS, LIST_ROWS).collect()
+            return
+        owners = deal(from_numpy(rows.select(costs).collect().to_series().to_numpy().copy()), ranks)
+        for start in range(0, len(owners), LIST_ROWS):
+            mine = pl.Series((owners[start : start + LIST_ROWS] == rank).numpy())
+            yield rows.slice(start, LIST_ROWS).collect().filter(mine)

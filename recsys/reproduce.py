@@ -35,6 +35,7 @@ from serving.ranking import ServingSettings
 from training.loop import choose_device
 from training.run import MODEL, environment
 from training.run import train as train_run
+from training.team import launch
 from training.validate import validate
 
 TOLERANCE = 0.0005
@@ -223,8 +224,25 @@ def _weights(stored: Stored, dataset: Dataset, device: torch.device) -> list[Row
 def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -> Directory:
     """Train, and for a bundle that was not changed since also export; all by what is stored."""
     manifest, start = stored.manifest, _start(stored)
+    if (processes := clock_of(manifest).get("environment", {}).get("processes", 1)) > 1:
+        made = _by_processes(manifest, dataset, work, device, start, processes)
+    else:
+        made = _by_one(manifest, dataset, work, device, start)
+
+    if manifest["kind"] == "model" or "before" in manifest:
+        return made
+    recipe = Recipe(str(manifest["name"]), manifest["recipe"])
+    owners = recipe.read(IndexSettings), recipe.read(DepthSettings), recipe.read(ServingSettings)
+    measured = dataset if "faithfulness" in manifest else None  # as it was measured then
+    with terminal.steps("reproduce") as tell:
+        tell("export: weights, item vectors and index to a bundle")
+        export(work / RUN_AGAIN, work / "bundle", owners[0], measured, *owners[1:])
+    return open_directory(work / "bundle")
+
+
+def _by_one(manifest: Mapping[str, Any], dataset: Dataset, work: Path, device: torch.device, start: Path | None) -> Directory:
     with terminal.training_progress() as (observe, progress, tell):
-        made = train_run(
+        return train_run(
             dataset,
             manifest["recipe"],
             work / RUN_AGAIN,
@@ -236,15 +254,19 @@ def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -
             progress=progress,
             tell=tell,
         )
-    if manifest["kind"] == "model" or "before" in manifest:
-        return made
-    recipe = Recipe(str(manifest["name"]), manifest["recipe"])
-    owners = recipe.read(IndexSettings), recipe.read(DepthSettings), recipe.read(ServingSettings)
-    measured = dataset if "faithfulness" in manifest else None  # as it was measured then
-    with terminal.steps("reproduce") as tell:
-        tell("export: weights, item vectors and index to a bundle")
-        export(work / RUN_AGAIN, work / "bundle", owners[0], measured, *owners[1:])
-    return open_directory(work / "bundle")
+
+
+def _by_processes(
+    manifest: Mapping[str, Any], dataset: Dataset, work: Path, device: torch.device, start: Path | None, processes: int
+) -> Directory:
+    """Train by as many processes of this machine as then. Raises RecsysError: one of them failed."""
+    recipe = work / f"{manifest['name']}.toml"
+    recipe.write_text(Recipe("", manifest["recipe"]).toml(), encoding="utf-8")
+    words = ["train", str(recipe), "--dataset", str(dataset.path), "--out", str(work / RUN_AGAIN), "--device", device.type]
+    words += ["--set", f"tracking.uri={OFF}", *(["--start", str(start)] if start else [])]
+    if launch(processes, words):
+        raise RecsysError(f"{work / RUN_AGAIN}: was not trained by {processes} processes; look above for why")
+    return open_directory(work / RUN_AGAIN / MODEL)
 
 
 def _start(stored: Stored) -> Path | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,15 +144,13 @@ def table_of(team: Team, kind: str, sharding: str) -> Callable[[int, int], Shard
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch and TorchRec warn of in their own use of each other, which no option of them avoids."""
-    loggers: Mapping[str, Any] = logging.root.manager.loggerDict
-    chosen = [logging.getLogger(name) for name in loggers if name.startswith("torchrec.")]
-    before = [logger.level for logger in chosen]
-    for logger in chosen:
-        logger.setLevel(logging.ERROR)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # its warning comes with the first look-up
+    remarks = logging.getLogger("torchrec")
+    before = remarks.level
+    remarks.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(chosen, before, strict=True):
-            logger.setLevel(level)
+        remarks.setLevel(before)

@@ -361,6 +361,8 @@ def run(
         team.wait()
     state.put(state.best_weights)
     if state.optimizer.sharded is not None and checkpoints is not None:
+        state.optimizer.sharded = None
+        state.model.table = TorchTable(0, 0)  # the parts go before the whole comes
         if not team.rank:
             state.model.table = TorchTable.of(read_table(checkpoints.path(state.best_steps)).to(team.device))
         team.wait()

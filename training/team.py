@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from recsys.errors import SetupError
+from recsys.errors import RecsysError, SetupError
 
 SILENCE = timedelta(hours=6)
 """After which a process that hears nothing of the others gives up: the longest that the first may rank and publish alone."""
@@ -100,7 +100,7 @@ def _by_torchrun() -> bool:
 def joined(device: torch.device, together: bool = False) -> Iterator[Team]:
     """The team that torchrun started this process for; `together` also makes a process group for a team of one.
 
-    Each process of a machine takes a GPU of its own. Raises SetupError: there are fewer.
+    Each process of a machine takes a GPU of its own. Raises SetupError: there are fewer. RecsysError: another process is gone.
     """
     told = _by_torchrun()
     if not told and not together:
@@ -118,6 +118,10 @@ def joined(device: torch.device, together: bool = False) -> Iterator[Team]:
     dist.init_process_group(backend, timeout=SILENCE, **options)
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), device)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        raise RecsysError(f"process {rank()} has lost another one; all begin again from the newest checkpoint") from None
     finally:
         dist.destroy_process_group()
 
@@ -131,6 +135,7 @@ def launch(processes: int, words: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else processes that begin again find the dead ones' addresses
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report names no cause that ours do not
     config = LaunchConfig(
         min_nodes=1,
