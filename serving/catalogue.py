@@ -38,6 +38,8 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = os.open(path, os.O_RDONLY)  # so that what is read later is of this file, whatever stands in its place then
+        weakref.finalize(self, os.close, self._file)
 
     @cached_property
     def names(self) -> Names:
@@ -77,17 +79,6 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def complete(self) -> None:
-        """Hold the files, so that what is read when it is first asked for is theirs, also where others stand in their place."""
-        _ = self.names, self._file
-
-    @cached_property
-    def _file(self) -> int:
-        """The items' table, open while this lives."""
-        descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
 
     def _read(self, wanted: Collection[str] | Callable[[str], bool] = lambda name: True) -> pl.DataFrame:
         """The columns of these names that the items' table has."""

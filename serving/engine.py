@@ -131,7 +131,6 @@ class Recommender:
 
     def complete(self) -> Recommender:
         """Itself, with all read from its files that is else read when it is first asked for: they may be replaced now."""
-        self.catalogue.complete()
         with suppress(SetupError):  # without its encoder a bundle recommends, and does not explain words
             _ = self.encoder
         return self

@@ -199,13 +199,13 @@ def test_probes_and_breadth_buy_recall(kind: str, option: str, most: int) -> Non
     assert recall(low, n=1) < recall(high, n=1)
 
 
-def test_auto_is_exact_up_to_exact_items_then_ivf() -> None:
-    settings = IndexSettings(exact_items=1009)
-    assert (settings.chosen(1009), settings.chosen(1010)) == ("exact", "ivf")
+def test_auto_is_exact_up_to_exact_items_then_ivf_up_to_ivf_items_then_ivf_pq() -> None:
+    settings = IndexSettings(exact_items=1009, ivf_items=2003)
+    assert [settings.chosen(items) for items in (1009, 1010, 2003, 2004)] == ["exact", "ivf", "ivf", "ivf_pq"]
     assert IndexSettings(kind="hnsw").chosen(7) == "hnsw"
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "flat"}, {"probes": 0}, {"breadth": 0}, {"exact_items": -1}])
+@pytest.mark.parametrize("wrong", [{"kind": "flat"}, {"probes": 0}, {"breadth": 0}, {"exact_items": -1}, {"ivf_items": -1}])
 def test_a_setting_out_of_range_is_refused_and_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         IndexSettings(**wrong)  # type: ignore[arg-type]
