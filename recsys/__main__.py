@@ -196,16 +196,17 @@ def train(
     from training.loop import choose_device
     from training.run import refuse_recipe
     from training.run import train as train_run
-    from training.team import launch, rank
+    from training.team import launch, launched, rank
 
     chosen = _recipe(recipe, settings)
     data = Dataset.open(dataset, verify=not rank())
-    if not rank():
+    if not rank() and not launched():
         _refuse_leaks(data, chosen)
     resolved = _resolved(chosen) | data.manifest["settings"]  # how the data was made, it says itself
     if processes > 1:
         refuse_recipe(resolved, choose_device(device), model is not None)
         words = _without(sys.argv[1:], "--processes")
+        del data  # what the check has read of it
         if code := launch(processes, words):
             _complain(f"{out}: training ended; the same command goes on from its newest checkpoint")
             raise typer.Exit(code)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # which is none of Python's Exceptions
 
 from recsys.bundle import flush
 from recsys.errors import RecsysError
@@ -92,7 +93,7 @@ class Checkpoints:
         try:
             with _quiet():
                 future.result()
-        except Exception as error:  # of any thread of any process
+        except (Exception, CheckpointException) as error:  # of any thread of any process
             raise RecsysError(f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); free the disk") from None
         if self.team.rank == 0:
             shutil.rmtree(self.path(number), ignore_errors=True)
@@ -119,7 +120,7 @@ class Checkpoints:
             with _quiet():
                 load(wanted, storage_reader=FileSystemReader(path), process_group=self._group, no_dist=self.team.size == 1)
             saved = torch.load(io.BytesIO(tensors[PLAIN].numpy().tobytes()), weights_only=True)
-        except Exception as error:  # torch raises many kinds; all mean the same to the user
+        except (Exception, CheckpointException) as error:  # torch raises many kinds; all mean the same to the user
             raise RecsysError(f"{path}: cannot be read ({type(error).__name__}); delete it to train from the start") from None
         if saved["key"] != self.key:
             raise RecsysError(

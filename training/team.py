@@ -21,6 +21,8 @@ from recsys.errors import RecsysError, SetupError
 
 SILENCE = timedelta(hours=6)
 """After which a process that hears nothing of the others gives up: the longest that the first may rank and publish alone."""
+LAUNCHED = "RECSYS_LAUNCHED"
+"""Set for processes that `launch` starts."""
 RESTARTS = 3
 """Deaths of processes that a training survives, each time from its newest checkpoint."""
 
@@ -91,6 +93,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if _by_torchrun() else 0
 
 
+def launched() -> bool:
+    """Whether `launch` started this process, so that its command was checked before."""
+    return LAUNCHED in os.environ
+
+
 def _by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -134,8 +141,10 @@ def launch(processes: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    before = os.environ.copy()
+    os.environ[LAUNCHED] = "1"
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else processes that begin again find the dead ones' addresses
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report names no cause that ours do not
     config = LaunchConfig(
         min_nodes=1,
@@ -151,4 +160,7 @@ def launch(processes: int, words: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "recsys", *words)
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return 0

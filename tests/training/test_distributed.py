@@ -18,11 +18,15 @@ from features.synthetic import SyntheticSettings, write
 from recsys.batch import Sequences, deal
 from recsys.bundle import open_directory
 from recsys.config import Recipe
+from recsys.model import SequenceModel
 from recsys.reproduce import reproduce
 from tests.training import together
+from tests.training.conftest import RING
 from training.checkpoint import TABLE, Checkpoints, read_table
 from training.data import EpochBatches, cut_by_cost
-from training.team import ALONE, Team
+from training.distributed import table_of
+from training.team import ALONE, Team, joined
+from training.validate import validate
 
 ROOT = Path(__file__).parents[2]
 ONE_STEP = [name for name in together.WAYS if name not in ("steps", "muon")]
@@ -75,7 +79,29 @@ def test_two_processes_come_to_the_weights_of_one(trained, name):
 @pytest.mark.parametrize("name", [name for name in ONE_STEP if name.startswith("torchrec")])
 def test_a_table_in_parts_learns_what_one_in_plain_torch_does(trained, name, processes):
     plain = name.replace("torchrec", "plain") if name.endswith(("softmax", "adagrad")) else "plain"
-    assert furthest(trained[name, processes], trained[plain, processes]) < within(name)
+    one, other = trained[name, processes], trained[plain, processes]
+    assert furthest(one, other) < within(name)
+    for mine, theirs in zip(one["curve"], other["curve"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.torchrec
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_targets_are_ranked_in_blocks_as_among_all_items_at_once(ring, monkeypatch, block):
+    monkeypatch.setattr("training.validate.BLOCK", block)
+    items = RING - 3  # the last three are unknown, and cannot be found
+    with joined(torch.device("cpu"), together=True) as team:
+        table = table_of(team, "sgd", "row_wise")
+        settings = [(together.MODEL, None), (together.IN_PARTS, table)]
+        plain, parts = (
+            SequenceModel(model, items, table=own).initialise(torch.Generator().manual_seed(0)) for model, own in settings
+        )
+        wanted = validate(plain, ring)
+        assert 0 < wanted["ndcg@10"] < wanted["recall@50"] < 1
+        assert validate(parts, ring, team=team) == pytest.approx(wanted, abs=1e-9)
+        some = validate(plain, ring, users=50)
+        assert validate(parts, ring, users=50, team=team) == pytest.approx(some, abs=1e-9)
+        assert some != wanted
 
 
 @pytest.mark.torchrec

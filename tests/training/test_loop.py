@@ -53,7 +53,12 @@ LEARNERS = {
     **{f"sampling {kind}": [dataclasses.replace(LOSS, sampling=kind)] for kind in SAMPLINGS},
     "unseen negatives": [dataclasses.replace(LOSS, filter_seen=True)],
     **{f"optimizer {kind}": [dataclasses.replace(OPTIMIZER, kind=kind, **RATES.get(kind, {}))] for kind in KINDS},
-    **{f"table by {kind}": [dataclasses.replace(OPTIMIZER, table=kind, **RATES[kind])] for kind in TABLE_KINDS[1:-1]},
+    **{
+        f"table by {kind}": [
+            dataclasses.replace(OPTIMIZER, table=kind, embedding_learning_rate=RATES[kind]["embedding_learning_rate"])
+        ]
+        for kind in TABLE_KINDS[1:-1]
+    },
     **{f"block {kind}": [dataclasses.replace(MODEL, block=kind)] for kind in BLOCKS},
     **{f"attention {kind}": [dataclasses.replace(MODEL, attention=kind, span=4)] for kind in PATTERNS},
     **{f"positions {kind}": [dataclasses.replace(MODEL, positions=kind)] for kind in POSITIONS},
@@ -208,18 +213,19 @@ def test_a_training_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one
             raise Cut
 
     with pytest.raises(Cut):
-        learn(ring, *changed, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0, observe=cut)
-    resumed = learn(ring, *changed, checkpoint=tmp_path / "c.pt", key="k", checkpoint_seconds=0)
+        learn(ring, *changed, checkpoint=tmp_path / "checkpoint", key="k", checkpoint_seconds=0, observe=cut)
+    resumed = learn(ring, *changed, checkpoint=tmp_path / "checkpoint", key="k", checkpoint_seconds=0)
     assert same(undisturbed, resumed)
     assert undisturbed.curve == resumed.curve
 
 
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(ring, tmp_path):
-    path = tmp_path / "c.pt"
+    path = tmp_path / "checkpoint"
     learn(ring, checkpoint=path, key="one")
     with pytest.raises(RecsysError, match="another recipe, data set or device"):
         learn(ring, checkpoint=path, key="two")
-    path.write_bytes(path.read_bytes()[:1000])
+    (written,) = path.glob("*/*.distcp")
+    written.write_bytes(written.read_bytes()[:1000])
     with pytest.raises(RecsysError, match="cannot be read"):
         learn(ring, checkpoint=path, key="one")
 

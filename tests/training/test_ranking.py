@@ -257,7 +257,7 @@ def test_a_ranker_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one(r
         if seen == after:
             raise Cut
 
-    rest = {"checkpoint": tmp_path / "ranker.pt", "key": "k", "checkpoint_seconds": 0}
+    rest = {"checkpoint": tmp_path / "checkpoint", "key": "k", "checkpoint_seconds": 0}
     with pytest.raises(Cut):
         learn(world, settings, observe=cut, **rest)
     resumed, same_companions, same_curve = learn(world, settings, **rest)
@@ -266,7 +266,7 @@ def test_a_ranker_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one(r
     assert curve == same_curve
     assert companions is same_companions is None or torch.equal(companions.rows_RK, same_companions.rows_RK)
     with pytest.raises(RecsysError, match="another recipe, data set or device"):
-        learn(world, settings, checkpoint=tmp_path / "ranker.pt", key="other")
+        learn(world, settings, checkpoint=tmp_path / "checkpoint", key="other")
 
 
 def test_patience_ends_learning_and_the_best_ranker_stays(ring):

@@ -232,7 +232,7 @@ def test_kill_9_and_the_same_command_again_end_with_the_weights_of_an_undisturbe
     killed = 0
     for _ in range(3):
         process = subprocess.Popen(command(dataset, tmp_path / "killed"), env=environment)
-        checkpoint, before = tmp_path / "killed" / "checkpoint.pt", None
+        checkpoint, before = tmp_path / "killed" / CHECKPOINT, None
         if checkpoint.exists():
             before = checkpoint.stat().st_mtime_ns
         while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns != before):
