@@ -94,16 +94,17 @@ def _ranks(model: SequenceModel, asked: Sequence[_Asked]) -> list[Tensor]:
 
 def _ranks_by_parts(model: SequenceModel, asked: Sequence[_Asked], team: Team) -> list[Tensor]:
     """The same with so many item vectors at once as `BLOCK`, which all processes of the team look up together."""
-    lines, device = torch.arange(model.lines, device=team.device), team.device
-    rows_P = torch.cat([part.targets_P for part in asked] or [lines[:0]])
+    device = team.device
+    rows_P = torch.cat([part.targets_P for part in asked] or [torch.zeros(0, dtype=torch.int64, device=device)])
     found_P = (rows_P < FIRST_ITEM + model.lines) & model.reads(rows_P)
     counts = [len(part.targets_P) for part in asked]
     own = torch.split(model.vectors(rows_P.where(found_P, FIRST_ITEM)), counts)
     scores = [(part.states_BE[part.owners_P] * own_PE).sum(1) for part, own_PE in zip(asked, own, strict=True)]
     ahead = [torch.zeros_like(part.targets_P) for part in asked]
-    blocks = [lines] if model.reads_neighbours else torch.split(lines, BLOCK)
-    for block in blocks:
-        vectors_NE, known_N, first = model.item_vectors(block), model.reads(block + FIRST_ITEM), int(block[0])
+    size = model.lines if model.reads_neighbours else BLOCK
+    for first in range(0, model.lines, size):
+        block = torch.arange(first, min(first + size, model.lines), device=device)
+        vectors_NE, known_N = model.item_vectors(block), model.reads(block + FIRST_ITEM)
         for part, scores_P, ahead_P in zip(asked, scores, ahead, strict=True):
             scores_BN = (part.states_BE @ vectors_NE.T).masked_fill_(~known_N, -torch.inf)
             seen = part.history.values - FIRST_ITEM - first
