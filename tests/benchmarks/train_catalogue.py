@@ -117,11 +117,23 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     items = [one["items"] for one in found]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(items, [one["step_ms"] for one in found], "o-")
-    left.set(xscale="log", ylim=(0, None), xlabel="items", ylabel="ms a step", title="Time of a step")
+    left.set(
+        xscale="log",
+        ylim=(0, 1.2 * max(one["step_ms"] for one in found)),
+        xlabel="items",
+        ylabel="ms a step",
+        title="Time of a step",
+    )
     right.plot(items, [one["peak_mib"] / 1024 for one in found], "o-", label="peak of a process")
     right.plot(items, [one["table_mib"] / 1024 for one in found], "s--", label="its part of the table")
     right.plot(items, [one["rest_mib"] / 1024 for one in found], "^:", label="the rest")
-    right.set(xscale="log", ylim=(0, None), xlabel="items", ylabel="GiB", title=f"Memory, {found[0]['processes']} processes")
+    right.set(
+        xscale="log",
+        ylim=(0, 1.2 * found[-1]["peak_mib"] / 1024),
+        xlabel="items",
+        ylabel="GiB",
+        title=f"Memory, {found[0]['processes']} processes",
+    )
     right.legend()
     figure.savefig(path)
 
