@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # which is none of Python's Exceptions
 
-from recsys.bundle import flush
+from recsys.bundle import replace_directory
 from recsys.errors import RecsysError
 from training.team import ALONE, Team
 
@@ -96,9 +95,7 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:  # of any thread of any process
             raise RecsysError(f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); free the disk") from None
         if self.team.rank == 0:
-            shutil.rmtree(self.path(number), ignore_errors=True)
-            os.rename(self.folder / f".{number:09d}.tmp", self.path(number))
-            flush(self.folder)
+            replace_directory(self.folder / f".{number:09d}.tmp", self.path(number))
             for path in self.folder.glob("[0-9]*"):
                 if int(path.name) not in keep:
                     shutil.rmtree(path)

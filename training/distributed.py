@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 
 from recsys.batch import FIRST_ITEM, PADDING
 from recsys.embedding import Table
-from recsys.errors import SetupError
+from recsys.errors import RecipeError, SetupError
 from training.optimizer import EPSILON
 from training.team import Team
 
@@ -101,7 +101,10 @@ class ShardedTable(Table):
 
 
 def _in_parts(rows: int, embedding_size: int, team: Team, kind: str, sharding: str) -> tuple[Any, str]:
-    """A collection of one table as the planner lays it over the team, and the plan in words. Raises SetupError: no TorchRec."""
+    """A collection of one table as the planner lays it over the team, and the plan in words.
+
+    Raises SetupError: no TorchRec. RecipeError: it cannot be laid so.
+    """
     try:
         import torchrec
     except (ImportError, OSError) as error:
@@ -111,7 +114,7 @@ def _in_parts(rows: int, embedding_size: int, team: Team, kind: str, sharding: s
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-    from torchrec.distributed.planner.types import Topology
+    from torchrec.distributed.planner.types import PlannerError, Topology
 
     config = torchrec.EmbeddingConfig(name="item", embedding_dim=embedding_size, num_embeddings=rows, feature_names=["item"])
     collection = torchrec.EmbeddingCollection(tables=[config], device=torch.device("meta"))
@@ -131,7 +134,11 @@ def _in_parts(rows: int, embedding_size: int, team: Team, kind: str, sharding: s
     sharders: Any = [EmbeddingCollectionSharder()]
     topology = Topology(world_size=team.size, compute_device=team.device.type)
     planner = EmbeddingShardingPlanner(topology=topology, constraints={"item": constraint}, debug=False)
-    plan = planner.collective_plan(collection, sharders, torch.distributed.group.WORLD)
+    try:
+        plan = planner.collective_plan(collection, sharders, torch.distributed.group.WORLD)
+    except PlannerError:
+        shape = f"{rows} rows of {embedding_size} over {team.size} processes"
+        raise RecipeError(f"train.sharding {sharding!r}: there is no such plan of {shape}; set it to row_wise") from None
     parts = DistributedModelParallel(collection, device=team.device, plan=plan, sharders=sharders, init_data_parallel=False)
     return parts, str(plan)
 

@@ -383,6 +383,8 @@ def refuse_settings(model: ModelSettings, train: TrainSettings, optimizer: Optim
         raise RecipeError('optimizer.table "adam" is TorchRec\'s on a GPU; take rowwise_adagrad, or same')
     if optimizer.in_parts(model.embedding) and not model.ids:
         raise RecipeError("a table in parts needs ids, and model.ids is false; set optimizer.table to same")
+    if optimizer.in_parts(model.embedding) and model.embedding_size % 4:
+        raise RecipeError(f"a table in parts needs model.embedding_size in fours, found {model.embedding_size}")
     if train.packed and (device.type == "cpu" or model.block == "hstu" or model.embedding_size // model.heads < 16):
         raise RecipeError("train.packed needs a GPU, a sasrec or ligr block, and heads at least 16 wide; set it to false")
     if train.windows == "prefixes" and model.objective == "masked":

@@ -1,5 +1,6 @@
 """Several processes do what one does: the same steps, whatever holds the table, and whoever dies meanwhile."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,9 +16,11 @@ import torch
 from features.build import build
 from features.dataset import GROUPS, LIST_ROWS, Dataset
 from features.synthetic import SyntheticSettings, write
+from recsys import __main__ as command
 from recsys.batch import Sequences, deal
 from recsys.bundle import open_directory
 from recsys.config import Recipe
+from recsys.errors import RecipeError
 from recsys.model import SequenceModel
 from recsys.reproduce import reproduce
 from tests.training import together
@@ -25,6 +28,7 @@ from tests.training.conftest import RING
 from training.checkpoint import TABLE, Checkpoints, read_table
 from training.data import EpochBatches, cut_by_cost
 from training.distributed import table_of
+from training.loop import refuse_settings
 from training.team import ALONE, Team, joined
 from training.validate import validate
 
@@ -316,3 +320,28 @@ def test_a_training_of_which_a_process_is_killed_ends_by_itself_with_the_same_by
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["key"]
     found = reproduce(str(tmp_path / "killed"), None, None, None)  # by two processes as well
     assert found.reproduced, [row for row in found.rows if row.agrees is False]
+
+
+@pytest.mark.parametrize(
+    ("model", "table", "says"),
+    [
+        ({"embedding": "torch"}, "adam", 'optimizer.table "adam" is TorchRec'),
+        ({}, "adam", 'optimizer.table "adam" is TorchRec'),
+        ({"ids": False, "text": "pooled"}, "sgd", "a table in parts needs ids"),
+        ({"embedding_size": 18}, "sgd", "needs model.embedding_size in fours, found 18"),
+    ],
+)
+def test_a_table_that_cannot_be_in_parts_is_refused_in_one_line(model, table, says):
+    settings = dataclasses.replace(together.IN_PARTS, **model)
+    with pytest.raises(RecipeError, match=says):
+        refuse_settings(settings, together.TRAIN, dataclasses.replace(together.SGD, table=table), torch.device("cpu"))
+
+
+def test_an_average_of_a_table_that_is_not_read_whole_is_refused():
+    with pytest.raises(ValueError, match="ema reads the whole table"):
+        dataclasses.replace(together.ADAGRAD, ema=0.9)
+
+
+def test_an_option_is_taken_out_of_a_command_with_its_value():
+    words = ["train", "x", "--processes", "4", "--set", "a.b=1", "--processes=4", "--out", "y"]
+    assert command._without(words, "--processes") == ["train", "x", "--set", "a.b=1", "--out", "y"]
