@@ -40,7 +40,7 @@ class Checkpoints:
         self._group = torch.distributed.new_group(backend="gloo") if team.size > 1 else None  # threads talk beside training
         if team.rank == 0:
             for left in folder.glob(".*.tmp"):
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)  # a thread of a training that was cut off may still write there
         team.wait()
 
     @property
@@ -68,7 +68,7 @@ class Checkpoints:
         temporary = self.folder / f".{number:09d}.tmp"
         if self.team.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir(parents=True, exist_ok=True)
         self.team.wait()
         with _quiet():
             future = async_save(

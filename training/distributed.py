@@ -85,7 +85,7 @@ class ShardedTable(Table):
 
     def forward(self, rows: Tensor) -> Tensor:
         rows_U, vectors_UE = self._at_hand or self._fetch(rows)
-        return embedding(torch.searchsorted(rows_U, rows), vectors_UE)
+        return embedding(torch.searchsorted(rows_U, rows.contiguous()), vectors_UE)
 
     def idle(self) -> None:
         self._fetch(torch.zeros(0, dtype=torch.int64, device=self.device))

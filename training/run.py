@@ -191,7 +191,7 @@ def _learn(
 ) -> _Learnt:
     """Train the sequence model, as one process of a team."""
     encoder, content = None, None
-    sequences = dataset.share(team.rank, team.size)
+    sequences = dataset.sequences if team.size == 1 else dataset.share(team.rank, team.size)
     if recipe[ModelSettings.section]["text"] != "none":
         fitted = None if start is None else ContentEncoder.load(start.path / ENCODER)
         encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress, fitted)

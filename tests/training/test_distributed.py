@@ -125,7 +125,7 @@ def test_each_of_two_processes_holds_a_part(trained):
 def test_many_steps_with_dropout_learn_as_well_by_two_processes(trained, name, wanted):
     one, two = trained[name, 1], trained[name, 2]
     assert min(one["best"], two["best"]) > wanted
-    assert one["steps"] == two["steps"]
+    assert abs(one["steps"] - two["steps"]) <= len(one["curve"])  # at most one an epoch, by how windows are cut
 
 
 @pytest.mark.torchrec

@@ -266,7 +266,12 @@ CHANGES = {
 }
 
 
-ELSEWHERE = {"mask_share": "OTHERS, below", "packed": "refused on a CPU; its states: tests/recsys/test_model.py"}
+ELSEWHERE = {
+    "mask_share": "OTHERS, below",
+    "packed": "refused on a CPU; its states: tests/recsys/test_model.py",
+    "validate_users": "changes what is judged: tests/training/test_distributed.py",
+    "sharding": "changes who holds what: tests/training/test_distributed.py",
+}
 
 
 @pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(TrainSettings) if field.name not in ELSEWHERE])
@@ -278,6 +283,7 @@ def test_every_option_changes_the_training(ring, option):
 
 MASKED = dataclasses.replace(MODEL, objective="masked")
 OTHERS = {
+    "table": ([OPTIMIZER], [dataclasses.replace(OPTIMIZER, table="rowwise_adagrad")]),
     "mask_share": ([MASKED], [MASKED, dataclasses.replace(TRAIN, mask_share=0.5)]),
     "early_exit": ([dataclasses.replace(MODEL, blocks=2)], [dataclasses.replace(MODEL, blocks=2, early_exit=True)]),
     "kind of loss": ([], [dataclasses.replace(LOSS, kind="softmax")]),
@@ -337,9 +343,9 @@ def test_what_a_state_has_read_is_told_to_the_loss(ring, monkeypatch, objective,
     """Items ascend around the ring: a causal state has read all before its target, a masked one all that is not hidden."""
     told = []
 
-    def watch(model, states, targets, settings, counts, generator, seen):
-        told.append((targets, seen))
-        return LOSSES["softmax"](model, states, targets, settings, counts, generator, seen)
+    def watch(model, states, targets, settings, generator):
+        told.append((targets.rows_N, targets.seen))
+        return LOSSES["sampled_softmax"](model, states, targets, settings, generator)
 
     monkeypatch.setitem(LOSSES, "watched", watch)
     learn(
