@@ -560,7 +560,7 @@ def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], 
     other = tmp_path / "other"
     shutil.copytree(bundles["exact"], other)
     remove(other, [0])
-    with asked(bundles["exact"], challenger=other, share=0.37) as client:
+    with asked(bundles["exact"], challenger=other, share=0.37, deadline_ms=60_000) as client:
         told = client.get("/v1/bundle").json()
         ids = {arm["name"]: arm["bundle"] for arm in told["arms"]}
         assert told["share"] == 0.37
@@ -577,7 +577,7 @@ def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], 
         assert ask(client, "/v1/recommend/batch", users=users[:3], arm="challenger")["answers"][2]["arm"] == "challenger"
         salted = [client.get(f"/v1/users/{user}").json()["arm"] for user in users[:101]]
         assert salted == arms[:101]
-    with asked(bundles["exact"], challenger=other, share=0.37, salt="other") as client:
+    with asked(bundles["exact"], challenger=other, share=0.37, salt="other", deadline_ms=60_000) as client:
         assert [ask(client, user_id=user, k=1)["arm"] for user in users] != arms
 
 
