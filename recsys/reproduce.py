@@ -213,9 +213,11 @@ def _of_data(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 def _weights(stored: Stored, dataset: Dataset, device: torch.device) -> list[Row]:
     """The validation figures of the weights that are stored; other weights in their place have others."""
     wanted = stored.manifest["quality"].get("validation", {})
-    if "before" in stored.manifest or not wanted:
+    users = stored.manifest["recipe"]["train"].get("validate_users", 0)
+    processes = clock_of(stored.manifest).get("environment", {}).get("processes", 1)
+    if "before" in stored.manifest or not wanted or (users and processes > 1):  # several processes chose other users
         return []
-    found = validate(model_from(stored, device.type), dataset.sequences)
+    found = validate(model_from(stored, device.type), dataset.sequences, users=users)
     rows = [_figure(name, value, found.get(name, ABSENT), JUDGED) for name, value in wanted.items()]
     told = [record(f"validation {row.what}", row.stored, row.now, "the weights") for row in rows if not row.agrees]
     return told or [Row("record", "validation, the weights", f"{len(rows)} figures", "the same", True)]
@@ -228,7 +230,6 @@ def _again(stored: Stored, dataset: Dataset, work: Path, device: torch.device) -
         made = _by_processes(manifest, dataset, work, device, start, processes)
     else:
         made = _by_one(manifest, dataset, work, device, start)
-
     if manifest["kind"] == "model" or "before" in manifest:
         return made
     recipe = Recipe(str(manifest["name"]), manifest["recipe"])

@@ -1,6 +1,6 @@
 """The item table in parts, by TorchRec: each process holds some rows or columns, and a look-up asks the others for theirs.
 
-N rows that are looked up · U distinct ones of them · E width · K parts of a process
+N rows that are set · U distinct rows that are looked up · E width
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ShardedTable(Table):
         super().__init__()
         with _quiet():
             self.collection, self.plan = _in_parts(rows, embedding_size, team, kind, sharding)
-        self.rows, self.width, self._device, self._team = rows, embedding_size, team.device, team
+        self.rows, self._device = rows, team.device
         self._at_hand: tuple[Tensor, Tensor] | None = None
 
     @property
