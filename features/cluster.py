@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from features.parts import Asked, Engine, Told
-from recsys.cluster import connected, last_line
+from recsys.cluster import connected, told_of_losses
 from recsys.errors import DataError, RecsysError
 
 AHEAD = 2
@@ -40,20 +40,15 @@ def _do(ray: Any, address: str, work: Callable[[Asked], Told], tasks: Iterable[A
     remote = ray.remote(num_cpus=1, max_retries=TRIES - 1)(_tell)
     cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
     begun: deque[Any] = deque()
+    do = "see that all nodes have this package and whether memory runs out, and start again"
     try:
-        for task in tasks:
-            begun.append(remote.remote(work, task))
-            if len(begun) == AHEAD * cpus:
+        with told_of_losses(ray, f"Ray ({address})", do):
+            for task in tasks:
+                begun.append(remote.remote(work, task))
+                if len(begun) == AHEAD * cpus:
+                    yield _told(ray.get(begun.popleft()))
+            while begun:
                 yield _told(ray.get(begun.popleft()))
-        while begun:
-            yield _told(ray.get(begun.popleft()))
-    except ray.exceptions.RayTaskError:  # a mistake of ours, with where it was made
-        raise
-    except ray.exceptions.RayError as error:
-        raise RecsysError(
-            f"Ray ({address}): its workers are lost ({last_line(error)}); see that all nodes have this package and "
-            "whether memory runs out, and start again"
-        ) from None
     finally:
         for each in begun:  # of a build that has failed, whose folder goes
             ray.cancel(each, force=True)

@@ -107,12 +107,13 @@ def group_by_length(lengths: Tensor, tokens: int, packed: bool = False) -> list[
 
 def deal(costs: Tensor, hands: int) -> Tensor:
     """Which of so many hands gets each, int64: the dearest first, each to the hand that has least (Graham 1969)."""
-    held, owners = [(0, hand) for hand in range(hands)], [0] * len(costs)
-    for place in torch.argsort(costs, descending=True, stable=True).tolist():
-        cost, hand = heapq.heappop(held)
-        owners[place] = hand
-        heapq.heappush(held, (cost + int(costs[place]), hand))
-    return torch.tensor(owners, dtype=torch.int64)
+    held, owners = [(0, hand) for hand in range(hands)], []
+    order = torch.argsort(costs, descending=True, stable=True)
+    for cost in costs[order].tolist():
+        least, hand = held[0]
+        owners.append(hand)
+        heapq.heapreplace(held, (least + cost, hand))
+    return torch.empty_like(order).scatter_(0, order, torch.tensor(owners, dtype=torch.int64))
 
 
 @dataclass(frozen=True)

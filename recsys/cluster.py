@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from recsys.errors import SetupError
+from recsys.errors import RecsysError, SetupError
 
 LOCAL = "local"
 """The address of a cluster that is this machine, and is started and stopped here."""
@@ -55,7 +55,7 @@ def connected(address: str) -> Iterator[Any]:
             )
     except Exception as error:  # Ray has no class of its own for it
         raise SetupError(
-            f"{address}: no Ray cluster can be used there ({last_line(error)}); "
+            f"{address}: no Ray cluster can be used there ({_last_line(error)}); "
             f"start one, and this on one of its nodes, or give {LOCAL!r}"
         ) from None
     try:
@@ -64,7 +64,18 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def last_line(error: Exception) -> str:
+@contextmanager
+def told_of_losses(ray: Any, name: str, do: str) -> Iterator[None]:
+    """Raises RecsysError: the cluster's workers are lost meanwhile; says what to do."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError:  # a mistake of ours, with where it was made
+        raise
+    except ray.exceptions.RayError as error:
+        raise RecsysError(f"{name}: its workers are lost ({_last_line(error)}); {do}") from None
+
+
+def _last_line(error: Exception) -> str:
     """The last of what an error says, where its cause stands."""
     return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")
 

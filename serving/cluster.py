@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from recsys.cluster import connected, last_line
+from recsys.cluster import connected, told_of_losses
 from recsys.errors import BundleError, RecsysError
 from serving.engine import Recommender
 from serving.shards import Facts, Task, pipeline, planned
@@ -47,20 +47,13 @@ class Cluster:
             pool = ray.data.ActorPoolStrategy(size=max(1, min(cpus, len(tasks))), max_tasks_in_flight_per_actor=1)
             given = ray.data.from_items([{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
             made = given.map(_Maker, fn_constructor_args=about, compute=pool, num_cpus=1)
-            try:
-                with closing(iter(made.iter_rows())) as rows:
-                    for row in rows:
-                        told = pickle.loads(row["told"])
-                        if isinstance(told, RecsysError):
-                            raise told
-                        yield told
-            except ray.exceptions.RayTaskError:  # a mistake of ours, with where it was made
-                raise
-            except ray.exceptions.RayError as error:
-                raise RecsysError(
-                    f"{self.name}: its workers are lost ({last_line(error)}); "
-                    "see that all nodes have this package, and start again: what is done is kept"
-                ) from None
+            do = "see that all nodes have this package, and start again: what is done is kept"
+            with told_of_losses(ray, self.name, do), closing(iter(made.iter_rows())) as rows:
+                for row in rows:
+                    told = pickle.loads(row["told"])
+                    if isinstance(told, RecsysError):
+                        raise told
+                    yield told
 
 
 class _Maker:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recsys.batch import FIRST_ITEM
 from recsys.model import SequenceModel
 
 VECTORS = "vectors.safetensors"
@@ -32,7 +33,7 @@ def item_vectors(model: SequenceModel) -> Tensor:
     for start in range(0, model.lines, BLOCK):
         begin = max(0, min(start, model.lines - BLOCK))  # the last block is as long as the others, of which it repeats some
         lines_N = torch.arange(begin, min(begin + BLOCK, model.lines), device=model.table.device)
-        parts.append(model.item_vectors(lines_N)[start - begin :])
+        parts.append(model.vectors(lines_N + FIRST_ITEM)[start - begin :])
     return torch.cat(parts)
 
 
