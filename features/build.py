@@ -1,4 +1,4 @@
-"""From raw logs to a DATASET directory, published whole or not at all."""
+"""From raw logs to a DATASET directory, published whole or not at all; and a data set split anew, without its raw logs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,23 +18,24 @@ import polars as pl
 
 from features.cells import id_type
 from features.dataset import MANIFEST, Dataset, write_parquet
-from features.events import arrange, judge, set_aside, stage
+from features.events import arrange, count_items, fill_times, judge, set_aside, stage
 from features.files import read_files
 from features.items import describe, make_catalogue, read_table, renew, require_widths
-from features.parts import Engine, Report, in_turn
+from features.parts import Engine, Report, add_counts, by_users, in_turn, summed
 from features.schema import DataSettings, RawTables, Tally
 from features.sequences import write_sequences
-from features.split import SplitSettings, without_cold
-from recsys.bundle import publish
+from features.split import SplitSettings, is_cold
+from recsys.bundle import is_free, publish, told
 from recsys.config import Recipe
 from recsys.errors import DataError
+from recsys.progress import Progress
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, events done, events in all)."""
 TALLIES = {"events": "rows", "items": "item_rows", "users": "user_rows"}
 """What the manifest calls the account of a table's rows."""
 LASTING = ("text_columns", "category_columns", "category_separator", "number_columns", "attribute_columns", "repeats")
 """Settings of section [data] that an append cannot change, for what they made of earlier rows is not kept."""
+KEPT = ("events.parquet", "users.parquet", "quarantine.parquet")
+"""Files that no split changes."""
 
 
 def build(
@@ -54,12 +55,11 @@ def build(
     """
     settings, split = recipe.read(DataSettings), recipe.read(SplitSettings)
     before = _open_earlier(out, settings) if append else None
-    if not append:
-        require_place(out)
+    _require_place(out)
     raw = _read(data, settings, progress)
     if before is not None and ("order" in before.events.collect_schema()) != ("order" in raw.events.collect_schema()):
         raise DataError(f"{out}: was built {'without' if settings.order else 'with'} an order; append with the same data.order")
-    with workshop(out) as work:
+    with _workshop(out) as work:
         job = _Job(settings, split, before, work, str(data or settings.source), strict, progress, engine)
         head = {"recipe": recipe.name, "settings": {"data": settings.as_dict(), "split": split.as_dict()}}
         manifest = head | job.write(raw)
@@ -67,14 +67,36 @@ def build(
         return publish(out, writers, manifest, MANIFEST).manifest
 
 
-def require_place(out: Path) -> None:
+def resplit(dataset: Dataset, split: SplitSettings, out: Path, progress: Progress | None = None) -> Dataset:
+    """Publish at `out` the data set of the same events, items and users, split otherwise.
+
+    Raises DataError: no event is for training, or `out` is in the way.
+    """
+    _require_place(out)
+    old, events = dataset.manifest, dataset.manifest["events"]
+    counts = count_items(dataset.events.head(0).collect(), split)
+    for part in by_users(dataset.events, summed(progress, "events", events)):
+        counts = add_counts(counts, count_items(fill_times(part), split), "item_id")
+    tally, report = Tally.of("events", False, old["rows"]), summed(progress, "sequences", events)
+    with _workshop(out) as work:
+        counted = _write_histories(
+            dataset.path / "events.parquet", counts, dataset.listed, work, split, tally, str(dataset.path), report
+        )
+        made = {path.name: partial(os.replace, path) for path in work.glob("*.parquet")}
+        kept = {name: partial(shutil.copyfile, dataset.path / name) for name in KEPT if name in old["files"]}
+        settings = {**old["settings"], SplitSettings.section: split.as_dict()}
+        manifest = {**told(old), "settings": settings, **counted}
+        return Dataset(out, publish(out, dict(sorted({**made, **kept}.items())), manifest, MANIFEST).manifest)
+
+
+def _require_place(out: Path) -> None:
     """Raises DataError: `out` is there and neither a DATASET nor empty."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out, MANIFEST):
         raise DataError(f"{out}: exists and is no data set; name another directory")
 
 
 @contextmanager
-def workshop(out: Path) -> Iterator[Path]:
+def _workshop(out: Path) -> Iterator[Path]:
     """A directory beside `out` that goes at the end. Raises DataError: none can be made."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +161,8 @@ class _Job:
         events = self.work / "events.parquet"
         report = summed(self.progress, "sequences", int(counts["all"].sum()))
         tally = self.tallies["events"]
-        told = write_histories(events, counts, listed, self.work, self.split, tally, self.where, report, self.engine)
-        return told | {key: self.tallies[table].as_dict() for table, key in TALLIES.items()}
+        counted = _write_histories(events, counts, listed, self.work, self.split, tally, self.where, report, self.engine)
+        return counted | {key: self.tallies[table].as_dict() for table, key in TALLIES.items()}
 
     def _renew(self, table: str, raw: pl.LazyFrame | None, name: str, ids: dict[str, pl.DataType]) -> pl.DataFrame | None:
         """The items or users of earlier builds with those of this one."""
@@ -175,7 +197,7 @@ class _Job:
         return counts
 
 
-def write_histories(
+def _write_histories(
     events: Path,
     counts: pl.DataFrame,
     listed: pl.DataFrame | None,
@@ -190,7 +212,8 @@ def write_histories(
 
     Raises DataError: no event is for training.
     """
-    items = make_catalogue(listed, without_cold(counts, split), tally)
+    counts = counts.with_columns(training=pl.when(is_cold(counts["item_id"], split)).then(0).otherwise("training"))
+    items = make_catalogue(listed, counts, tally)
     warm = (items["events"] > 0).sum()
     if not warm:
         raise DataError(
@@ -207,19 +230,6 @@ def write_histories(
         "items_without_text": (items["text"] == "").sum(),
         "counts": parts,
     }
-
-
-def summed(progress: Progress | None, what: str, total: int) -> Report:
-    """Tells `progress` the sum of what it hears."""
-    done = 0
-
-    def report(events: int) -> None:
-        nonlocal done
-        done += events
-        if progress is not None:
-            progress(what, done, total)
-
-    return report
 
 
 def put(table: pl.DataFrame, path: Path) -> None:

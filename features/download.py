@@ -8,18 +8,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 from urllib.parse import unquote_plus, urlsplit
 
-import recsys
 from recsys.bundle import sha256
 from recsys.errors import DataError, SetupError
-
-Progress = Callable[[str, int, int], None]
-"""Called with (file name, bytes so far, bytes in all)."""
+from recsys.progress import Progress
+from recsys.version import __version__
 
 ATTEMPTS = 4
 TIMEOUT = 30.0
@@ -96,7 +93,7 @@ def _transfer(file: Published, part: IO[bytes], progress: Progress, pause: float
 def _receive(file: Published, part: IO[bytes], progress: Progress) -> bool:
     """One request, continuing at the place that `part` stands at; False if the body ended early."""
     start = part.tell()
-    request = urllib.request.Request(file.url, headers={"User-Agent": f"recsys/{recsys.__version__}"})
+    request = urllib.request.Request(file.url, headers={"User-Agent": f"recsys/{__version__}"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:

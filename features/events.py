@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -11,7 +12,7 @@ import polars as pl
 from features.cells import read_id, read_order, read_time
 from features.dataset import write_parquet
 from features.files import readable
-from features.parts import Engine, Part, Report, add_counts, divide, put_part, take_part
+from features.parts import Engine, Part, Report, add_counts, divide
 from features.schema import REASON, ROW, DataSettings, Tally
 from features.split import SplitSettings, split_ends
 from recsys.errors import DataError
@@ -105,22 +106,9 @@ def set_aside(table: pl.LazyFrame, bad: pl.DataFrame, tally: Tally, where: str) 
 
 
 @dataclass(frozen=True)
-class Unsorted:
-    """A part of the staged events that is to be sorted."""
-
-    staged: Path
-    """Folder of the staged events."""
-    part: Part
-    repeats: str
-    split: SplitSettings
-    out: Path
-
-
-@dataclass(frozen=True)
 class Sorted:
-    """What became of a part."""
+    """What is told of a part that was sorted."""
 
-    out: Path
     events: int
     """Those that were read."""
     counts: pl.DataFrame
@@ -131,13 +119,13 @@ class Sorted:
     """By reason the count of repaired events, and the first of them."""
 
 
-def arrange_part(task: Unsorted) -> Sorted:
-    """Write the events of some users sorted by user, then order or time, then as they came."""
-    rows = task.part.of(pl.scan_parquet(task.staged / "*.parquet")).collect(engine="streaming")
+def arrange_part(part: Part, staged: Path, repeats: str, split: SplitSettings) -> tuple[pl.DataFrame, Sorted]:
+    """The staged events of some users, sorted by user, then order or time, then as they came."""
+    rows = part.of(pl.scan_parquet(staged / "*.parquet")).collect(engine="streaming")
     key = "order" if "order" in rows.columns else "timestamp"
     rows = rows.sort("user_id", key, ROW)
     later = rows.head(0)
-    if task.repeats == "drop":
+    if repeats == "drop":
         rows, later = part_repeats(rows, key)
     times = fill_times(rows)
     repaired = {
@@ -145,9 +133,8 @@ def arrange_part(task: Unsorted) -> Sorted:
         "filled_time": rows.filter(pl.col("timestamp").is_null()),
         "raised_time": rows.filter(times["timestamp"] > rows["timestamp"]),
     }
-    put_part(rows.drop(ROW), task.out)
     firsts = {reason: (len(found), found.head(1)) for reason, found in repaired.items()}
-    return Sorted(task.out, len(rows) + len(later), count_items(times, task.split), later.select(ROW), firsts)
+    return rows.drop(ROW), Sorted(len(rows) + len(later), count_items(times, split), later.select(ROW), firsts)
 
 
 def arrange(
@@ -159,27 +146,23 @@ def arrange(
     """
     events = pl.scan_parquet(staged / "*.parquet")
     schema = {name: dtype for name, dtype in events.collect_schema().items() if name != ROW}
-    tasks = (Unsorted(staged, part, repeats, split, staged / f"{part.number}.sorted") for part in divide(events))
+    work = partial(arrange_part, staged=staged, repeats=repeats, split=split)
     counts = count_items(pl.DataFrame(schema=schema), split)
     repeated: list[pl.DataFrame] = []
-    found: dict[str, list[pl.DataFrame]] = {reason: [] for reason in ("unsorted", "filled_time", "raised_time")}
-    totals = dict.fromkeys(found, 0)
+    repaired: list[dict[str, tuple[int, pl.DataFrame]]] = []
 
     def parts() -> Iterator[pl.DataFrame]:
         nonlocal counts
-        for done in engine(arrange_part, tasks):
-            counts = add_counts(counts, done.counts, "item_id")
-            repeated.append(done.repeated)
-            for reason, (rows, first) in done.repaired.items():
-                totals[reason] += rows
-                found[reason].append(first)
-            yield take_part(done.out)
-            report(done.events)
+        for rows, told in engine(work, divide(events), staged):
+            counts = add_counts(counts, told.counts, "item_id")
+            repeated.append(told.repeated)
+            repaired.append(told.repaired)
+            yield rows
+            report(told.events)
 
     write_parquet(parts(), schema, path)
-    tally.add("unsorted", totals["unsorted"], pl.concat(found["unsorted"]))
-    for reason in ("filled_time", "raised_time"):
-        tally.settle(reason, totals[reason], pl.concat(found[reason]))
+    for reason, count in {"unsorted": tally.add, "filled_time": tally.settle, "raised_time": tally.settle}.items():
+        count(reason, sum(part[reason][0] for part in repaired), pl.concat([part[reason][1] for part in repaired]))
     return counts, pl.concat(repeated).with_columns(reason=pl.lit("duplicate", REASON))
 
 

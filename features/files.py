@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -12,16 +13,14 @@ import polars as pl
 from features.schema import DataSettings, RawTables, require
 from recsys.errors import DataError
 
-Scan = Callable[[Path], pl.LazyFrame]
-FORMATS: dict[str, Scan] = {
-    ".csv": lambda path: pl.scan_csv(path, infer_schema=False),
-    ".tsv": lambda path: pl.scan_csv(path, infer_schema=False, separator="\t"),
-    ".parquet": lambda path: pl.scan_parquet(path),
-    ".jsonl": lambda path: pl.scan_ndjson(path, infer_schema_length=None),
-    ".ndjson": lambda path: pl.scan_ndjson(path, infer_schema_length=None),
+FORMATS: dict[str, Callable[[Path], pl.LazyFrame]] = {
+    ".csv": partial(pl.scan_csv, infer_schema=False),
+    ".tsv": partial(pl.scan_csv, infer_schema=False, separator="\t"),
+    ".parquet": pl.scan_parquet,
+    ".jsonl": partial(pl.scan_ndjson, infer_schema_length=None),
+    ".ndjson": partial(pl.scan_ndjson, infer_schema_length=None),
 }
 """How a file is scanned, by its suffix; the text formats may also be packed (.csv.gz)."""
-UNTYPED = (".csv", ".tsv")
 EVENT_COLUMNS = ("user_id", "item_id", "timestamp", "order")
 
 
@@ -31,15 +30,11 @@ def read_files(data: Path, settings: DataSettings) -> RawTables:
     Raises DataError: no such file, an unreadable or empty one, or a missing column (the nearest is named).
     """
     folder, events = (data.parent, data.name) if data.is_file() else (data, settings.events)
-    names = {"user_id": settings.user_id, "item_id": settings.item_id}
-    if settings.timestamp:
-        names["timestamp"] = settings.timestamp
-    if settings.order:
-        names["order"] = settings.order
+    names = {name: column for name in EVENT_COLUMNS if (column := getattr(settings, name))}
     paths = find_files(folder, events)
     if not paths:
         raise DataError(f"{folder}: no file matches {events!r} ({_seen(folder)}); set data.events to the events' path or glob")
-    table = _rename(_scan_all(paths, names), names, EVENT_COLUMNS)
+    table = _read(paths, names, EVENT_COLUMNS)
     if not settings.timestamp:
         table = table.with_columns(timestamp=pl.lit(None, pl.Int64))
     items = _read_side(folder, settings.items, "items", {"item_id": settings.item_id})
@@ -55,7 +50,7 @@ def read_items(path: Path, settings: DataSettings, *, attributes: bool = False) 
     if not path.is_file() or file_format(path) not in FORMATS:
         raise DataError(f"{path}: is no file of items; give one of {', '.join(FORMATS)}")
     item_id = settings.item_id if settings.source == "files" else "item_id"
-    items = _rename(_scan_all([path], {"item_id": item_id}), {"item_id": item_id}, ("item_id",))
+    items = _read([path], {"item_id": item_id})
     untitled = settings.source != "files" or (attributes and settings.only_attributes(items.collect_schema()))
     return items if untitled else _titled(items, settings, str(path))
 
@@ -97,11 +92,14 @@ def _read_side(folder: Path, pattern: str, name: str, names: dict[str, str]) -> 
     paths = find_files(folder, pattern or f"{name}.*")
     if pattern and not paths:
         raise DataError(f"{folder}: no file matches {pattern!r} ({_seen(folder)}); set data.{name} to its path or leave it out")
-    return _rename(_scan_all(paths, names), names, tuple(names)) if paths else None
+    return _read(paths, names) if paths else None
 
 
-def _scan_all(paths: list[Path], names: dict[str, str]) -> pl.LazyFrame:
-    """One table of all files. Raises DataError: they differ in the type of a column of `names`."""
+def _read(paths: list[Path], names: dict[str, str], canonical: Collection[str] = ()) -> pl.LazyFrame:
+    """One table of all files, `names` first; another column that bears one of them, or of `canonical`, gets `_raw` behind it.
+
+    Raises DataError: they differ in the type of a column of `names`.
+    """
     tables = [_scan(path, names) for path in paths]
     schemas = [table.collect_schema() for table in tables]
     for column in names.values():
@@ -114,8 +112,10 @@ def _scan_all(paths: list[Path], names: dict[str, str]) -> pl.LazyFrame:
                 )
     with readable(paths[0].parent):
         table = pl.concat(tables, how="diagonal_relaxed")
-        table.collect_schema()  # columns that cannot be one are an error here
-    return table
+        known = table.collect_schema()  # columns that cannot be one are an error here
+    others = [name for name in known if name not in names.values()]
+    spare = [pl.col(name).alias(f"{name}_raw" if name in {*names, *canonical} else name) for name in others]
+    return table.select(*(pl.col(column).alias(name) for name, column in names.items()), *spare)
 
 
 def _scan(path: Path, names: dict[str, str]) -> pl.LazyFrame:
@@ -125,7 +125,7 @@ def _scan(path: Path, names: dict[str, str]) -> pl.LazyFrame:
         table = FORMATS[file_format(path)](path)
         known = table.collect_schema().names()
     require(names.values(), known, str(path))
-    if file_format(path) in UNTYPED:
+    if file_format(path) in (".csv", ".tsv"):  # without types
         table = _typed(table, [column for name, column in names.items() if name.endswith("_id")], path)
     return table
 
@@ -145,13 +145,6 @@ def _kind(dtype: pl.DataType) -> str | None:
     if dtype == pl.Null:
         return None
     return "integer" if dtype.is_integer() or dtype == pl.String else str(dtype)
-
-
-def _rename(table: pl.LazyFrame, names: dict[str, str], canonical: tuple[str, ...]) -> pl.LazyFrame:
-    """Canonical names first; a further column that bears one of them already gets `_raw` behind it."""
-    others = [name for name in table.collect_schema() if name not in names.values()]
-    spare = [pl.col(name).alias(f"{name}_raw" if name in canonical else name) for name in others]
-    return table.select(*(pl.col(column).alias(name) for name, column in names.items()), *spare)
 
 
 def _seen(folder: Path) -> str:

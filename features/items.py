@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import polars as pl
 import polars.selectors as cs
@@ -71,14 +71,13 @@ def describe(
 
 
 def read_attributes(
-    items: pl.DataFrame, names: Iterable[str], where: str, known: Mapping[str, pl.DataType] | None = None
+    items: pl.DataFrame, names: Collection[str], where: str, known: Mapping[str, pl.DataType] | None = None
 ) -> list[pl.Series]:
     """Columns as they are kept to filter by: Boolean, Float64, String, lists of String, or Null where no item has a value.
 
     `known` has the types of the items before, which text is read as; without one, text that is all numbers, or all true or
     false, is read so. Raises DataError: a column is missing, or of another type.
     """
-    names = list(names)
     require(names, items.columns, where)
     return [_attribute(items[name].alias(ATTRIBUTE + name), name, where, known or {}) for name in names]
 
@@ -144,9 +143,10 @@ def _numbers(items: pl.DataFrame, settings: DataSettings, where: str) -> pl.Expr
         cells = column if isinstance(column.dtype, pl.List) else column.to_frame().select(pl.concat_list(name)).to_series()
         cells = cells.cast(pl.List(inner))
         numbers = cells.cast(pl.List(pl.Float32), strict=False)
-        wrong = (numbers.explode().is_null() & cells.explode().is_not_null()).sum()
-        if wrong:
-            raise DataError(f"{where}: column {name!r} holds {wrong} cells that are no numbers; mend them, or leave it out")
+        wrong = cells.explode().filter(numbers.explode().is_null() & cells.explode().is_not_null())
+        if len(wrong):
+            what = f"{len(wrong)} cells that are no numbers, such as {wrong[0]!r}"
+            raise DataError(f"{where}: column {name!r} holds {what}; mend them, or leave it out")
         numbers = numbers.list.eval(pl.when(pl.element().is_finite()).then(pl.element()))
         missing = numbers.list.drop_nulls().list.len().fill_null(0) == 0
         some = pl.select(pl.when(missing).then(pl.lit([], numbers.dtype)).otherwise(numbers).alias("values")).to_series()

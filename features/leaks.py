@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 import polars as pl
 import polars.selectors as cs
 
-from features.build import Progress, summed
 from features.cells import read_time
 from features.dataset import ATTRIBUTE, Dataset
 from features.events import fill_times
-from features.parts import add_counts, by_users
+from features.parts import add_counts, by_users, summed
 from features.split import SplitSettings, in_window, is_cold, is_held_out
 from recsys.batch import FIRST_ITEM
 from recsys.config import Settings, nearest
 from recsys.errors import DataError, LeakError
+from recsys.progress import Progress
 
 PART = pl.Enum(["train", "history", "validation", "test"])
 """Parts of a sequence; `history` is what a held-out user has before validation."""
@@ -173,7 +173,10 @@ class _Search:
         ranked = items.sort("item_id").sort("events", descending=True, maintain_order=True)["row"]
         wrong = (items["events"] != items["training"]) | (items["row"] != ranked)
         self.checks["counts of items"].add(len(items), items.filter(wrong))
-        learnt = items["row"] < FIRST_ITEM + self._learnt_items()
+        told = [self.dataset.manifest["warm_items"]]
+        if self.model is not None and self.model["dataset"]["hash"] == self.dataset.manifest["hash"]:
+            told.append(self.model["items"])
+        learnt = items["row"] < FIRST_ITEM + max(told)
         self.checks["learnt items"].add(int(learnt.sum()), items.filter(learnt & (items["training"] == 0) & ~cold))
         if check := self.checks.get("cold items"):
             check.add(int(cold.sum()), items.filter(cold & (learnt | (items["events"] > 0))))
@@ -255,13 +258,6 @@ class _Search:
         named = rows.select("user_id", part, *more, place="place", row=row, timestamp=timestamp)
         named = named.join(self.items.select("row", "item_id"), on="row", how="left", maintain_order="left")
         return named.select("user_id", "item_id", "timestamp", "place", part, *more)
-
-    def _learnt_items(self) -> int:
-        """How many items, from the first row on, the data set or the model calls learnt."""
-        items: int = self.dataset.manifest["warm_items"]
-        if self.model is None or self.model["dataset"]["hash"] != self.dataset.manifest["hash"]:
-            return items
-        return max(items, int(self.model["items"]))
 
     def _learnt(self, model: Mapping[str, Any]) -> pl.Expr:
         """Whether the model may have learnt a target."""

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import polars as pl
 import polars.selectors as cs
+from xxhash import xxh64_intdigest
 
 from features.schema import RawTables
+from features.split import DAY
 from recsys.errors import SetupError
 
 GENRES_100K = (
@@ -27,6 +29,28 @@ GENRES_100K = (
 """The columns of u.item after `unknown`."""
 DATE_FORMS = ("%Y-%m-%d %H:%M:%S", "%m/%d/%Y %H:%M")
 """Of dates in the retail table: the workbook's and most copies', and the other common copy's."""
+MADE_UP_START = 1_704_067_200
+"""2024-01-01: where the clock of sets without times begins."""
+TRADES = {
+    "forest": ("Ahlstrom", "Botnia", "Enso", "M-real", "Ponsse", "UPM"),
+    "steel": ("Componenta", "Outokumpu", "Rautaruukki", "Ruukki"),
+    "machines": ("Cargotec", "Glaston", "Konecranes", "Metso", "Vaahto", "Wartsila"),
+    "telephones": ("Elisa", "Nokia", "Teleste", "TeliaSonera"),
+    "electronics": ("Aspocomp", "Elcoteq", "Okmetic", "Scanfil"),
+    "software": ("Basware", "Comptel", "Digia", "F-Secure", "Tecnotree"),
+    "finance": ("Aktia", "CapMan", "Nordea", "Pohjola", "Sampo"),
+    "building": ("Cramo", "Lemminkainen", "Tikkurila", "Uponor", "YIT"),
+    "goods": ("Amer", "Fiskars", "Kesko", "Marimekko", "Rapala", "Stockmann"),
+    "food": ("Atria", "HKScan", "Olvi", "Raisio"),
+    "media": ("Alma", "Sanoma", "Talentum"),
+    "energy and transport": ("Finnair", "Finnlines", "Fortum", "Kemira", "Neste"),
+}
+"""Companies that headlines name, by trade; what a desk follows is made up of them."""
+DESKS = 20
+"""Desks of each trade."""
+HEADLINES_A_DAY = 48
+FOLLOWED, STRAY = 0.7, 0.004
+"""Chance that a desk reads a headline that names a company of its trade, and any other."""
 
 
 def read_ml_1m(folder: Path) -> RawTables:
@@ -105,6 +129,91 @@ def _retail_lines(folder: Path) -> pl.DataFrame:
         remedy = "pip install fastexcel, or save the workbook as Online Retail.csv"
         raise SetupError(f"{file}: reading a workbook needs the package fastexcel; {remedy}") from None
     return table.with_columns(cs.temporal().dt.strftime(DATE_FORMS[0])).with_columns(pl.all().cast(pl.String))
+
+
+def read_banking77(folder: Path) -> RawTables:
+    """BANKING77 as conversations: a customer's message, then the answer that is right, which is its intent by name.
+
+    Messages and answers are items, told apart by their category. The times are made up: what is learnt was said on one day;
+    every tenth message of an intent is answered on the next one, for validation, and the published test, said on that day, on
+    the day after it. So a split at the third day with a day of validation learns no message of the test.
+    """
+    if file := find(folder, "queries.parquet"):
+        messages = pl.read_parquet(file.read_bytes())
+    else:
+        parts = (("train", _need(folder, "train.csv")), ("test", _need(folder, "test.csv")))
+        messages = pl.concat(pl.read_csv(file.read_bytes()).with_columns(split=pl.lit(name)) for name, file in parts)
+    if wrong := messages.filter(pl.any_horizontal(pl.col("text", "category").is_null())).height:
+        raise ValueError(f"{wrong} messages have no text or no category")
+    tenth = pl.int_range(pl.len()).over("split", "category") % 10 == 9
+    said_on = (pl.col("split") == "test").cast(pl.Int64)
+    row, start = pl.int_range(pl.len(), dtype=pl.Int64), pl.lit(MADE_UP_START, pl.Int64)
+    messages = messages.select(
+        pl.format("m{}", row + 1).alias("item_id"),
+        pl.format("c{}", row + 1).alias("user_id"),
+        pl.col("text").str.strip_chars().alias("title"),
+        "category",
+        said=start + said_on * DAY + row,
+        answered=start + (said_on + ((said_on == 1) | tenth).cast(pl.Int64)) * DAY + row + 60,
+    )
+    answers = messages.select(item_id="category").unique().sort("item_id")
+    words = pl.col("item_id").str.replace_all("_", " ").str.strip_suffix("?")
+    items = pl.concat(
+        [
+            answers.with_columns(
+                title=words.str.slice(0, 1).str.to_uppercase() + words.str.slice(1), categories=pl.lit("answer")
+            ),
+            messages.select("item_id", "title", categories=pl.lit("message")),
+        ]
+    )
+    said = messages.select("user_id", "item_id", timestamp="said")
+    return RawTables(
+        _ordered(pl.concat([said, messages.select("user_id", item_id="category", timestamp="answered")])), items.lazy()
+    )
+
+
+def read_financial_phrasebank(folder: Path) -> RawTables:
+    """Financial PhraseBank (50 % agreement) as headlines with their sentiment, and made-up desks that read them.
+
+    The set has neither dates nor readers. Headlines come out in an order by hash, so many a day; each of the desks follows one
+    trade of TRADES and reads a headline within the hour after it came out, by a chance that the hash of both decides.
+    """
+    if file := find(folder, "sentences.parquet"):
+        table = pl.read_parquet(file.read_bytes())
+    else:
+        lines = _text(_need(folder, "Sentences_50Agree.txt").read_bytes()).splitlines()
+        parts = [line.rpartition("@") for line in lines if line.strip()]
+        table = pl.DataFrame({"sentence": [part[0] for part in parts], "label": [part[2].strip() for part in parts]})
+    if wrong := table.filter(pl.col("label").is_in(["negative", "neutral", "positive"]).not_().fill_null(True)).height:
+        raise ValueError(f"{wrong} sentences are neither negative, neutral nor positive")
+    table = table.with_columns(pl.col("sentence").str.strip_chars()).unique("sentence", keep="first", maintain_order=True)
+    texts = table["sentence"].to_list()
+    order = sorted(range(len(texts)), key=lambda place: xxh64_intdigest(texts[place].encode()))
+    items = table[order].select(
+        pl.format("h{}", pl.int_range(pl.len()) + 1).alias("item_id"),
+        pl.col("sentence").alias("title"),
+        pl.col("label").alias("sentiment"),
+        published=MADE_UP_START + pl.int_range(pl.len(), dtype=pl.Int64) * (DAY // HEADLINES_A_DAY),
+        trade=pl.coalesce(
+            pl.when(pl.col("sentence").str.contains(rf"\b(?:{'|'.join(names)})\b")).then(pl.lit(trade))
+            for trade, names in TRADES.items()
+        ),
+    )
+    desks = pl.DataFrame({"user_id": [f"{trade} {desk + 1}" for trade in TRADES for desk in range(DESKS)]})
+    desks = desks.with_columns(follows=pl.col("user_id").str.replace(r" \d+$", ""))
+    return RawTables(_ordered(_read_by(desks, items)), items.lazy(), desks.lazy())
+
+
+def _read_by(desks: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Which desk reads which headline, and when; by hash, so that more headlines leave what was read before as it was."""
+    events = []
+    headlines = items.select("item_id", "published", "trade").rows()
+    for desk, follows in desks.select("user_id", "follows").rows():
+        for item_id, published, trade in headlines:
+            drawn = xxh64_intdigest(f"{desk} {item_id}".encode())
+            if drawn / 2**64 < (FOLLOWED if trade == follows else STRAY):
+                events.append((desk, item_id, published + drawn % 3600))
+    return pl.DataFrame(events, {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64}, orient="row")
 
 
 def find(folder: Path, name: str) -> Traversable | None:

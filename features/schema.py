@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import polars as pl
 
-from recsys.config import Settings
+from recsys.config import Seconds, Settings
 from recsys.errors import DataError
 
 
@@ -68,8 +68,8 @@ class DataSettings(Settings):
     a list of texts; text is read as numbers, or as true or false, where all of it is. `categories` is always there."""
     repeats: Literal["drop", "keep"] = "drop"
     """What becomes of an event that agrees with an earlier one in user, item, time and order."""
-    now: int = 0
-    """Seconds since 1970 after which a time lies in the future; 0: when the build runs."""
+    now: Seconds = 0
+    """A date, a time, or seconds since 1970, after which a time lies in the future; 0: when the build runs."""
 
     def __post_init__(self) -> None:
         if not (self.user_id and self.item_id and self.events):
@@ -154,14 +154,11 @@ class Tally:
         self.add(reason, total - self.counts.get(reason, 0), first)
 
     def as_dict(self) -> dict[str, Any]:
-        def counted(action: str) -> dict[str, int]:
-            return {
-                reason: self.counts[reason]
-                for reason in POLICIES
-                if POLICIES[reason].action == action and reason in self.counts
-            }
-
-        return {"read": self.read, "repaired": counted("repaired"), "quarantined": counted("quarantined")}
+        counted: dict[str, dict[str, int]] = {"repaired": {}, "quarantined": {}}
+        for reason, policy in POLICIES.items():
+            if reason in self.counts:
+                counted[policy.action][reason] = self.counts[reason]
+        return {"read": self.read, **counted}
 
 
 def require(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -171,4 +168,6 @@ def require(names: Iterable[str], known: Iterable[str], where: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)};"
+            if len(known) == 1 and ";" in known[0]:
+                hint = "its columns are separated by ';': write it with commas, else"
             raise DataError(f"{where}: no column {name!r}; {hint} name the right one in the recipe's section [data]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -11,41 +11,28 @@ import polars.selectors as cs
 
 from features.dataset import LIST_ROWS, write_parquet
 from features.events import fill_times
-from features.parts import Engine, Part, Report, divide, put_part, take_part
+from features.parts import Engine, Part, Report, divide
 from features.split import SplitSettings, in_window, split_ends
 
 
-@dataclass(frozen=True)
-class Unplaced:
-    """A part of the sorted events that is to become sequences."""
-
-    events: Path
-    items: Path
-    part: Part
-    split: SplitSettings
-    out: Path
-
-
-def place_part(task: Unplaced) -> tuple[Path, dict[str, int]]:
-    """Write the sequences of some users; returns the file, and the counts of events as `write_sequences` does."""
-    part = task.part.of(pl.scan_parquet(task.events)).collect(engine="streaming")
-    placed = fill_times(part).filter(in_window(task.split))
-    events = len(part)
-    del part
-    rows = pl.scan_parquet(task.items).select("item_id", "row")
+def place_part(part: Part, events: Path, items: Path, split: SplitSettings) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The sequences of some users, and the counts of events as `write_sequences` returns them."""
+    own = part.of(pl.scan_parquet(events)).collect(engine="streaming")
+    placed, read = fill_times(own).filter(in_window(split)), len(own)
+    del own
+    rows = pl.scan_parquet(items).select("item_id", "row")
     found = placed.lazy().join(rows, on="item_id", maintain_order="left")
     lists = {"items": pl.col("row"), "timestamps": pl.col("timestamp")}
-    users = found.group_by("user_id", maintain_order=True).agg(*split_ends(task.split), **lists)
-    sequences = users.select(*_schema(task.split, pl.Null())).collect()
-    put_part(sequences, task.out)
+    users = found.group_by("user_id", maintain_order=True).agg(*split_ends(split), **lists)
+    sequences = users.select(*_schema(split, pl.Null())).collect()
     ends = sequences.select(cs.matches("_(start|end)$").sum().cast(pl.Int64)).row(0, named=True)
     start = ends.get("validation_start", ends["train_end"])
-    return task.out, {
+    return sequences, {
         "train": ends["train_end"],
         "validation": ends["validation_end"] - start,
         "test": len(placed) - ends["validation_end"],
         "history": start - ends["train_end"],
-        "after": events - len(placed),
+        "after": read - len(placed),
     }
 
 
@@ -58,15 +45,15 @@ def write_sequences(
     validation; and where the test ends, `after`: of the events that are in no sequence.
     """
     table = pl.scan_parquet(events)
-    tasks = (Unplaced(events, items, part, split, path.with_name(f"{part.number}.placed")) for part in divide(table))
+    work = partial(place_part, events=events, items=items, split=split)
     counts = dict.fromkeys(("train", "validation", "test"), 0)
     counts |= ({"history": 0} if split.method == "user_holdout" else {}) | ({"after": 0} if split.test_end is not None else {})
 
     def parts() -> Iterator[pl.DataFrame]:
-        for out, more in engine(place_part, tasks):
+        for rows, more in engine(work, divide(table), path.parent):
             for name in counts:
                 counts[name] += more[name]
-            yield take_part(out)
+            yield rows
             report(sum(more.values()))
 
     write_parquet(parts(), _schema(split, table.collect_schema()["user_id"]), path, LIST_ROWS)

@@ -1,7 +1,8 @@
 """Known public interaction sets: read a local copy, or download from the publisher with a checksum.
 
 None of them is part of this project. MovieLens: research use, no redistribution, acknowledge GroupLens. Amazon reviews:
-research use, no licence stated. Online Retail: CC BY 4.0.
+research use, no licence stated. Online Retail and BANKING77: CC BY 4.0. Financial PhraseBank: CC BY-NC-SA 3.0, for no
+commercial use.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import contextlib
 import dataclasses
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
 import polars.selectors as cs
 
-from features.download import Progress, Published, cache_folder, fetch
-from features.readers import find, read_amazon_beauty, read_ml_1m, read_ml_100k, read_online_retail
+from features import readers
+from features.download import Published, cache_folder, fetch
 from features.schema import RawTables
 from recsys.errors import DataError
+from recsys.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Source:
     """A public interaction set: its files, and how they are read."""
 
     files: tuple[Published, ...]
-    """What is downloaded. Each SHA-256 was found on record in at least two independent public projects; for MovieLens they
-    name it beside the MD5 that GroupLens publishes."""
+    """What is downloaded; none: a folder must be named. Each SHA-256 was found on record in at least two independent public
+    projects; for MovieLens they name it beside the MD5 that GroupLens publishes."""
     events: tuple[str, ...]
     """Names of the publisher's file of events, any of which, in a folder or in a zip there, can be read."""
     read: Callable[[Path], RawTables]
@@ -37,9 +39,7 @@ class Source:
     """The items' columns beside item_id, from those of a prepared copy."""
 
 
-def read_source(
-    name: str, data: Path | None = None, progress: Progress | None = None, sources: Mapping[str, Source] | None = None
-) -> RawTables:
+def read_source(name: str, data: Path | None = None, progress: Progress | None = None) -> RawTables:
     """Events (user_id, item_id, timestamp in seconds, order from 1 within the user), items (item_id, title, categories
     separated by |) and users of a public set; integers are Int64.
 
@@ -48,10 +48,9 @@ def read_source(
     Raises DataError: unknown name, nothing there to read, a wrong checksum, a broken file. SetupError: the publisher or an
     optional dependency is out of reach.
     """
-    sources = SOURCES if sources is None else sources
-    if name not in sources:
-        raise DataError(f"no public data set {name!r}: choose one of {', '.join(sources)}")
-    source = sources[name]
+    if name not in SOURCES:
+        raise DataError(f"no public data set {name!r}: choose one of {', '.join(SOURCES)}")
+    source = SOURCES[name]
     folders = [cache_folder() / name] if data is None else [data, data / name]
     for file in source.files if data is None else ():
         fetch(file, folders[0], progress)
@@ -59,10 +58,11 @@ def read_source(
         with _naming_broken_files(folder):
             if (folder / "events.parquet").is_file():
                 return _read_prepared(folder, source)
-            if any(find(folder, file) for file in source.events):
+            if any(readers.find(folder, file) for file in source.events):
                 return source.read(folder)
     wanted = " or ".join((*source.events, "events.parquet"))
-    raise DataError(f"{folders[0]}: no {wanted} there for {name}; name the folder that holds one, or no folder to download")
+    remedy = "name the folder that holds one" + (", or no folder to download" if source.files else ", for it is not downloaded")
+    raise DataError(f"{folders[0]}: no {wanted} there for {name}; {remedy}")
 
 
 def _read_prepared(folder: Path, source: Source) -> RawTables:
@@ -96,7 +96,7 @@ SOURCES: dict[str, Source] = {
     "ml-1m": Source(
         (Published(f"{_GROUPLENS}/ml-1m.zip", 5_917_549, "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),),
         ("ratings.dat",),
-        read_ml_1m,
+        readers.read_ml_1m,
         (pl.col("title"), pl.col("genres").alias("categories")),
     ),
     "ml-100k": Source(
@@ -106,7 +106,7 @@ SOURCES: dict[str, Source] = {
             ),
         ),
         ("u.data",),
-        read_ml_100k,
+        readers.read_ml_100k,
         (
             pl.format("{} ({})", "title", "release_year").fill_null(pl.col("title")).alias("title"),
             pl.col("genres").str.replace_all(" ", "|").alias("categories"),
@@ -124,7 +124,7 @@ SOURCES: dict[str, Source] = {
             ),
         ),
         ("reviews_Beauty_5.json.gz",),
-        read_amazon_beauty,
+        readers.read_amazon_beauty,
         (pl.col("title"), pl.col("category_id").cast(pl.String).alias("categories")),
     ),
     "online-retail": Source(
@@ -136,8 +136,15 @@ SOURCES: dict[str, Source] = {
             ),
         ),
         ("Online Retail.xlsx", "Online Retail.csv"),
-        read_online_retail,
+        readers.read_online_retail,
         (pl.col("title"),),
+    ),
+    "banking77": Source((), ("queries.parquet", "train.csv"), readers.read_banking77, (pl.col("title"), pl.col("categories"))),
+    "financial-phrasebank": Source(
+        (),
+        ("sentences.parquet", "Sentences_50Agree.txt"),
+        readers.read_financial_phrasebank,
+        (pl.col("title"), pl.col("sentiment"), pl.col("published"), pl.col("trade")),
     ),
 }
 """Every public set by name."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import polars as pl
 from xxhash import xxh64_intdigest
 
-from recsys.config import Settings
+from recsys.config import Seconds, Settings
 
 DAY = 86_400
+MEANT = {"test_start": "global_time", "test_days": "global_time", "holdout_one_in": "user_holdout"}
+"""Setting → the only method that it means something to."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class SplitSettings(Settings):
     """`leave_one_out`: a user's last event is the test, the one before it validation. `global_time`: all events from
     `test_start` on are the test. `user_holdout`: of one user in `holdout_one_in` nothing is learnt; the last event is the test,
     the one before it validation; of the other users all is learnt."""
-    test_start: int = 0
-    """Seconds since 1970 at which the test begins; for `global_time`."""
+    test_start: Seconds = 0
+    """When the test begins: a date, a time, or seconds since 1970; for `global_time`."""
     validation_days: int = 14
     """Days before `test_start` that are validation; for `global_time`."""
     test_days: int = 0
@@ -35,12 +38,17 @@ class SplitSettings(Settings):
     """One item in so many, by a hash of its id, is cold: none of its events is learnt, so that a model is judged on items
     that it knows by their text alone; 0: none."""
 
+    @classmethod
+    def of_method(cls, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that mean something to a method."""
+        return {key: value for key, value in settings.items() if MEANT.get(key, name) == name}
+
     def __post_init__(self) -> None:
         if self.method == "global_time" and self.test_start <= 0:
-            raise ValueError("global_time needs test_start, in seconds since 1970")
+            raise ValueError("global_time needs test_start, a date or seconds since 1970")
         if self.method == "user_holdout" and self.holdout_one_in < 2:
             raise ValueError(f"user_holdout needs holdout_one_in, 2 or more; it is {self.holdout_one_in}")
-        for method, name in (("global_time", "test_start"), ("global_time", "test_days"), ("user_holdout", "holdout_one_in")):
+        for name, method in MEANT.items():
             if self.method != method and getattr(self, name):
                 raise ValueError(f"{name} means nothing to {self.method}; set method to {method}, or {name} to 0")
         for name in ("test_days", "validation_days"):
@@ -97,8 +105,3 @@ def is_cold(item_ids: pl.Series, settings: SplitSettings) -> pl.Series:
 def _chosen(ids: pl.Series, one_in: int, salt: str = "") -> pl.Series:
     found = [one_in > 0 and xxh64_intdigest(f"{salt}{each}".encode()) % one_in == 0 for each in ids.to_list()]
     return pl.Series(found, dtype=pl.Boolean)
-
-
-def without_cold(counts: pl.DataFrame, settings: SplitSettings) -> pl.DataFrame:
-    """The items' counts with no training events for the cold ones."""
-    return counts.with_columns(training=pl.when(is_cold(counts["item_id"], settings)).then(0).otherwise("training"))

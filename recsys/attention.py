@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +51,11 @@ class View:
     def positions(self) -> int:
         """T: the padded length, or all events of a packed batch."""
         return len(self.at_T)
+
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Where the last event of each padded history stands: its line and its position; of an empty one, position 0."""
+        return torch.arange(len(self.lengths_B), device=self.at_T.device), (self.lengths_B - 1).clamp(min=0)
 
     @cached_property
     def buckets_BTT(self) -> Tensor:
@@ -127,46 +132,44 @@ class Attention(nn.Module):
         super().__init__()
         self.settings, self.pattern = settings, PATTERNS[settings.attention]
         self.causal = settings.objective == "causal"
+        self.pointwise = settings.block == "hstu"
         buckets = settings.length if self.causal else 2 * settings.length - 1
         relative = settings.positions == "relative"
         self.position_bias = nn.Parameter(torch.empty(settings.heads, buckets)) if relative else None
         timed = settings.time in ("relative", "both")
         self.time_bias = nn.Parameter(torch.empty(settings.heads, TIME_BUCKETS)) if timed else None
 
-    def forward(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, view: View, pointwise: bool = False) -> Tensor:
-        """Mixed values, shape B × H × T × D; weights are a softmax, or `pointwise` SiLU(score) / model.length."""
+    def forward(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, view: View) -> Tensor:
+        """Mixed values, shape B × H × T × D; weights are a softmax, or those of hstu SiLU(score) / model.length."""
         q_BHTD, k_BHTD = self._rotate(q_BHTD, view), self._rotate(k_BHTD, view)
         if view.owners_T is not None:
             return self._packed(q_BHTD, k_BHTD, v_BHTD, view)
-        if self._plain and not pointwise and self.causal and self.settings.attention == "full":
+        if self._plain and self.causal and self.settings.attention == "full":
             return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
         starts = range(0, view.positions, QUERIES)
-        if len(starts) == 1 or not torch.is_grad_enabled():
-            out = [self._mix(q_BHTD, k_BHTD, v_BHTD, start, view, pointwise) for start in starts]
-        else:
-            out = [
-                checkpoint(self._mix, q_BHTD, k_BHTD, v_BHTD, start, view, pointwise, use_reentrant=False) for start in starts
-            ]
+        again = len(starts) > 1 and torch.is_grad_enabled()
+        mix = partial(checkpoint, self._mix, use_reentrant=False) if again else self._mix
+        out = [mix(q_BHTD, k_BHTD, v_BHTD, start, view) for start in starts]
         return out[0] if len(out) == 1 else torch.cat(out, 2)
 
-    def weights(self, q_BHTD: Tensor, k_BHTD: Tensor, view: View, pointwise: bool = False) -> Tensor:
+    def weights(self, q_BHTD: Tensor, k_BHTD: Tensor, view: View) -> Tensor:
         """How a state is mixed, shape B × H × T × T; for reading: negative weights count as 0, and rows sum to 1."""
         everything = torch.arange(view.positions, device=q_BHTD.device)
         logits = self._logits(self._rotate(q_BHTD, view), self._rotate(k_BHTD, view), everything, everything, view)
-        weights = self._weigh(logits, pointwise).clamp(min=0)
+        weights = self._weigh(logits).clamp(min=0)
         return weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
 
     @property
     def _plain(self) -> bool:
         """Whether a kernel of torch can do it all."""
-        return self.position_bias is None and self.time_bias is None
+        return self.position_bias is None and self.time_bias is None and not self.pointwise
 
     def _seen(self, queries: Tensor, keys: Tensor, view: View) -> Tensor:
         """Whether a query sees a key: bool of shape Q × K where causality hides padding, else B × 1 × Q × K."""
         seen = self.sees(queries[:, None], keys)
         return seen if self.causal else seen & (keys < view.lengths_B[:, None])[:, None, None]
 
-    def _mix(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, start: int, view: View, pointwise: bool) -> Tensor:
+    def _mix(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, start: int, view: View) -> Tensor:
         """The mixed values of the queries from `start` on, shape B × H × Q × D."""
         end = min(start + QUERIES, view.positions)
         queries = torch.arange(start, end, device=q_BHTD.device)
@@ -174,12 +177,12 @@ class Attention(nn.Module):
         keys = keys[keys < end] if self.causal else keys
         q = q_BHTD[:, :, start:end]
         k, v = (k_BHTD, v_BHTD) if len(keys) == view.positions else (k_BHTD[:, :, keys], v_BHTD[:, :, keys])
-        if self._plain and not pointwise:
+        if self._plain:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self._seen(queries, keys, view))
-        return self._weigh(self._logits(q, k, queries, keys, view), pointwise) @ v
+        return self._weigh(self._logits(q, k, queries, keys, view)) @ v
 
-    def _weigh(self, logits: Tensor, pointwise: bool) -> Tensor:
-        return F.silu(logits) / self.settings.length if pointwise else logits.softmax(-1)
+    def _weigh(self, logits: Tensor) -> Tensor:
+        return F.silu(logits) / self.settings.length if self.pointwise else logits.softmax(-1)
 
     def _logits(self, q: Tensor, k: Tensor, queries: Tensor, keys: Tensor, view: View) -> Tensor:
         """Scores of keys with all biases, UNSEEN where a key is not seen; added in place, for it is memory that they cost."""

@@ -54,11 +54,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(self.values.to(device), self.offsets.to(device), self.times.to(device))
 
-    @property
-    def end_to_end(self) -> Batch:
-        """All histories as one."""
-        return Batch(self.values, self.offsets[[0, -1]], self.times)
-
     def last(self, events: int) -> Batch:
         """Each history cut to its last `events` events."""
         starts = torch.maximum(self.offsets[:-1], self.offsets[1:] - events)
@@ -87,6 +82,12 @@ def gather(values: Tensor, times: Tensor, starts: Tensor, ends: Tensor) -> Batch
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     positions = torch.arange(int(offsets[-1]), device=values.device) + torch.repeat_interleave(starts - offsets[:-1], lengths)
     return Batch(values[positions].long(), offsets, times[positions])
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most so many numbers below `count`, evenly, int64."""
+    chosen = min(most, count)
+    return torch.arange(chosen) * count // max(chosen, 1)
 
 
 def group_by_length(lengths: Tensor, tokens: int, packed: bool = False) -> list[tuple[int, int]]:
@@ -156,13 +157,23 @@ class Sequences:
         """The training parts alone, without events of other than the first `items` items, of which nothing is to be learnt;
         the sequences themselves where there is no such event.
         """
-        train = gather(self.items, self.times, *self.windows("train")[:2])
+        train = self.histories("train")
         keep = train.values < FIRST_ITEM + items
         if bool(keep.all()):
             return self
         lengths = torch.bincount(train.owners[keep], minlength=self.users)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         return Sequences(train.values[keep].int(), train.times[keep], offsets, lengths, lengths)
+
+    def judged(self, split: str) -> Tensor:
+        """The users who have both a history and targets, int64."""
+        begins, ends, targets = self.windows(split)
+        return ((ends > begins) & (targets > ends)).nonzero().flatten()
+
+    def histories(self, split: str, users: Tensor | None = None) -> Batch:
+        """What such users, or all, had before `split`."""
+        begins, ends, _ = self.windows(split)
+        return gather(self.items, self.times, *((begins, ends) if users is None else (begins[users], ends[users])))
 
     def windows(self, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """Flat (start of history, end of history = start of targets, end of targets), each int64 of shape U.

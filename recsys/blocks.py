@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from recsys.model import ModelSettings
 
 
+def in_heads(x_BTE: Tensor, heads: int, size: int) -> Tensor:
+    """Split the last axis into parts of a size and these into heads, shape parts × B × H × T × D."""
+    return x_BTE.view(*x_BTE.shape[:2], -1, heads, size // heads).permute(2, 0, 3, 1, 4)
+
+
 class Block(nn.Module):
     """States in, states out. Dropout acts where a generator is given."""
 
@@ -32,12 +37,20 @@ class Block(nn.Module):
 
     def attention_weights(self, x_BTE: Tensor, view: View) -> Tensor:
         """How much each position draws from each other, shape B × H × T × T; for reading, not training."""
+        q_BHTD, k_BHTD, *_ = self._heads(self._project(x_BTE))
+        return self.attention.weights(q_BHTD, k_BHTD, view)
+
+    def _project(self, x_BTE: Tensor) -> Tensor:
+        """Queries, keys, values and what else the attention's input is made into, one behind the other in the last axis."""
         raise NotImplementedError
 
-    def _heads(self, x_BTE: Tensor) -> Tensor:
-        """Split the last axis into parts of the embedding size and these into heads, shape parts × B × H × T × D."""
-        width = self.attention_norm.normalized_shape[0] // self.heads
-        return x_BTE.view(*x_BTE.shape[:2], -1, self.heads, width).permute(2, 0, 3, 1, 4)
+    def _attend(self, projected: Tensor, view: View) -> Tensor:
+        """The mixed values of queries, keys and values, shape B × T × E."""
+        mixed_BTE: Tensor = self.attention(*self._heads(projected), view).transpose(1, 2).flatten(2)
+        return mixed_BTE
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return in_heads(projected, self.heads, self.attention_norm.normalized_shape[0])
 
 
 class SASRecBlock(Block):
@@ -53,15 +66,14 @@ class SASRecBlock(Block):
         self.forward_out = nn.Linear(hidden, size)
 
     def forward(self, x_BTE: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
-        q_BHTD, k_BHTD, v_BHTD = self._heads(self.query_key_value(self.attention_norm(x_BTE)))
-        mixed_BTE = self.attention(q_BHTD, k_BHTD, v_BHTD, view).transpose(1, 2).flatten(2)
-        x_BTE = x_BTE + dropout(self.attention_out(mixed_BTE), self.dropout, generator)
+        mixed_BTE = self.attention_out(self._attend(self._project(x_BTE), view))
+        x_BTE = x_BTE + dropout(mixed_BTE, self.dropout, generator)
         hidden = dropout(F.gelu(self.forward_in(self.forward_norm(x_BTE))), self.dropout, generator)
         return x_BTE + dropout(self.forward_out(hidden), self.dropout, generator)
 
-    def attention_weights(self, x_BTE: Tensor, view: View) -> Tensor:
-        q_BHTD, k_BHTD, _ = self._heads(self.query_key_value(self.attention_norm(x_BTE)))
-        return self.attention.weights(q_BHTD, k_BHTD, view)
+    def _project(self, x_BTE: Tensor) -> Tensor:
+        projected: Tensor = self.query_key_value(self.attention_norm(x_BTE))
+        return projected
 
 
 class LiGRBlock(Block):
@@ -78,19 +90,17 @@ class LiGRBlock(Block):
 
     def forward(self, x_BTE: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
         size, hidden = x_BTE.shape[-1], self.forward_out.in_features
-        projected, gate_BTE = torch.split(self.query_key_value_gate(self.attention_norm(x_BTE)), [3 * size, size], -1)
-        q_BHTD, k_BHTD, v_BHTD = self._heads(projected)
-        mixed_BTE = self.attention_out(self.attention(q_BHTD, k_BHTD, v_BHTD, view).transpose(1, 2).flatten(2))
+        projected, gate_BTE = torch.split(self._project(x_BTE), [3 * size, size], -1)
+        mixed_BTE = self.attention_out(self._attend(projected, view))
         x_BTE = x_BTE + dropout(mixed_BTE, self.dropout, generator) * gate_BTE.sigmoid()
         gate_BTE, a, b = torch.split(self.forward_in(self.forward_norm(x_BTE)), [size, hidden, hidden], -1)
         mixed_BTE = self.forward_out(dropout(F.silu(a) * b, self.dropout, generator))
         out_BTE: Tensor = x_BTE + dropout(mixed_BTE, self.dropout, generator) * gate_BTE.sigmoid()
         return out_BTE
 
-    def attention_weights(self, x_BTE: Tensor, view: View) -> Tensor:
-        projected = self.query_key_value_gate(self.attention_norm(x_BTE))
-        q_BHTD, k_BHTD, _, _ = self._heads(projected)
-        return self.attention.weights(q_BHTD, k_BHTD, view)
+    def _project(self, x_BTE: Tensor) -> Tensor:
+        projected: Tensor = self.query_key_value_gate(self.attention_norm(x_BTE))
+        return projected
 
 
 class HSTUBlock(Block):
@@ -110,15 +120,9 @@ class HSTUBlock(Block):
     def forward(self, x_BTE: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
         size = x_BTE.shape[-1]
         projected, gate_BTE = torch.split(self._project(x_BTE), [3 * size, size], -1)
-        q_BHTD, k_BHTD, v_BHTD = self._heads(projected)
-        mixed_BTE = self.attention(q_BHTD, k_BHTD, v_BHTD, view, pointwise=True).transpose(1, 2).flatten(2)
-        gated_BTE = dropout(self.mixed_norm(mixed_BTE) * gate_BTE, self.dropout, generator)
+        gated_BTE = dropout(self.mixed_norm(self._attend(projected, view)) * gate_BTE, self.dropout, generator)
         out_BTE: Tensor = x_BTE + self.attention_out(gated_BTE)
         return out_BTE
-
-    def attention_weights(self, x_BTE: Tensor, view: View) -> Tensor:
-        q_BHTD, k_BHTD, _, _ = self._heads(self._project(x_BTE))
-        return self.attention.weights(q_BHTD, k_BHTD, view, pointwise=True)
 
     def _project(self, x_BTE: Tensor) -> Tensor:
         return F.silu(self.query_key_value_gate(self.attention_norm(x_BTE)))

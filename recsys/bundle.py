@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recsys import __version__
 from recsys.errors import BundleError, RecsysError
+from recsys.version import __version__
 
 FORMAT = 5
 """Version of the layout; a reader refuses any other."""
 MANIFEST = "manifest.json"
+MODEL = "model"
+"""In a run, the directory of what serving reads."""
 
 Writer = Callable[[Path], object]
 
@@ -41,7 +43,7 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
     directory, or cannot be written.
     """
     path = path.absolute()
-    if path.exists() and not (path / name).is_file() and (not path.is_dir() or any(path.iterdir())):
+    if not is_free(path, name):
         raise RecsysError(f"{path}: exists and holds no {name}, so it is not replaced; give another place")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +63,32 @@ def publish(path: Path, writers: Mapping[str, Writer], manifest: Mapping[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Directory(path, content)
+
+
+def is_free(path: Path, mark: str) -> bool:
+    """Whether a place may be written: nothing is there, nothing in it, or what the file `mark` makes known."""
+    return not path.exists() or (path / mark).is_file() or (path.is_dir() and not any(path.iterdir()))
+
+
+def claim(out: Path, mark: str, what: str, content: str = "") -> None:
+    """Make `out` the folder of a job, known by the file `mark`; raises RecsysError where it holds anything else."""
+    if not is_free(out, mark):
+        raise RecsysError(f"{out}: exists and is no earlier {what}; give another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / mark, content.encode())
+    except OSError as error:
+        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another folder with --out") from None
+
+
+def model_of(path: Path) -> Path:
+    """The directory of the model in a run; a bundle's, or a model's, is the path itself."""
+    return path / MODEL if (path / MODEL / MANIFEST).is_file() else path
+
+
+def told(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says, without what publishing adds to it."""
+    return {key: value for key, value in manifest.items() if key not in ("format", "files", "hash", "id")}
 
 
 def entry(path: Path) -> dict[str, Any]:
@@ -84,7 +112,7 @@ def renew(old: Directory, path: Path, writers: Mapping[str, Writer], changes: Ma
     What `writers` do not make is copied, what `changes` do not name stays as it is, and what they say is None goes; of `clock`
     likewise.
     """
-    said = {key: value for key, value in old.manifest.items() if key not in ("format", "files", "hash", "id")}
+    said = told(old.manifest)
     clock = {**said["clock"], **changes.get("clock", {}), "created": datetime.now(UTC).isoformat(timespec="seconds")}
     said = {**said, **changes, "version": __version__, "before": old.manifest["id"], "clock": clock}
     kept = {file: partial(shutil.copyfile, old.path / file) for file in old.manifest["files"]}
@@ -118,7 +146,8 @@ def open_directory(path: Path, verify: bool = True, name: str = MANIFEST, error:
     Raises `error`: no manifest, another format, or a file that is missing or altered.
     """
     if not (path / name).is_file():
-        raise error(f"{path}: no {name} there; give a directory that this command wrote")
+        there = "give a directory that `recsys` wrote" if path.is_dir() else "there is no such directory"
+        raise error(f"{path}: no {name} there; {there}")
     try:
         manifest = json.loads((path / name).read_text(encoding="utf-8"))
         found = manifest["format"]

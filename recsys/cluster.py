@@ -41,7 +41,7 @@ def connected(address: str) -> Iterator[Any]:
         raise SetupError("Ray is not installed; run: pip install 'attention-recommender[ray]'") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the terminal; what goes into Ray's own files stays
+        if type(handler).__name__ == "PlainRayHandler":  # the terminal; what goes into files, or is others', stays
             handler.setLevel(logging.CRITICAL)
     try:
         _reach(address)

@@ -7,13 +7,16 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from recsys.errors import RecipeError
 
 S = TypeVar("S", bound="Settings")
+Seconds = int
+"""Of a setting: a moment in seconds since 1970; a recipe may say it as a date or a time."""
 
 
 class Settings:
@@ -28,6 +31,23 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
+
+    def _at_least(self, least: int, *names: str) -> None:
+        """Raises ValueError: one of the settings is less."""
+        self._must(f"be at least {least}" if least else "not be negative", lambda value: value >= least, names)
+
+    def _from_to(self, low: int, high: int, *names: str) -> None:
+        """Raises ValueError: one of the settings is less or more."""
+        self._must(f"be from {low} to {high}", lambda value: low <= value <= high, names)
+
+    def _one_of(self, known: Collection[str], *names: str) -> None:
+        """Raises ValueError: one of the settings is another word."""
+        self._must(f"be one of {', '.join(known)}", known.__contains__, names)
+
+    def _must(self, be: str, is_so: Callable[[Any], bool], names: Iterable[str]) -> None:
+        for name in names:
+            if not is_so(value := getattr(self, name)):
+                raise ValueError(f"{name} must {be}, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +64,13 @@ class Recipe:
         Raises RecipeError: an unknown key (the nearest is named) or a value of the wrong type or range.
         """
         values = self.sections.get(owner.section, {})
-        known = [field.name for field in dataclasses.fields(owner)]  # type: ignore[arg-type]
+        kinds = {field.name: field.type for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
         for key in values:
-            if key not in known:
-                raise self._refusal(f"unknown key {owner.section}.{key}{nearest(key, known)}")
+            if key not in kinds:
+                raise self._refusal(f"unknown key {owner.section}.{key}{nearest(key, [*kinds])}")
         import pydantic
 
+        values = {key: _seconds(value) if kinds[key] == "Seconds" else value for key, value in values.items()}
         try:
             settings: S = pydantic.TypeAdapter(owner).validate_json(
                 json.dumps(values, default=str)
@@ -60,6 +81,10 @@ class Recipe:
             where = ".".join(str(part) for part in (owner.section, *first["loc"]))
             found = "" if first["type"] == "value_error" else f"; found {first['input']!r}"
             raise self._refusal(f"{where}: {first['msg'].removeprefix('Value error, ')}{found}") from None
+
+    def but(self, owner: type[Settings], values: Mapping[str, Any]) -> Recipe:
+        """The same with some of an owner's values."""
+        return Recipe(self.name, {**self.sections, owner.section: {**self.sections.get(owner.section, {}), **values}})
 
     def resolved(self, owners: Iterable[type[Settings]]) -> dict[str, dict[str, Any]]:
         """Every section with every value filled in, as it goes into runs and bundles.
@@ -115,6 +140,20 @@ def override(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[str]
             raise RecipeError(f"--set {text!r}: write section.key=value")
         changed.setdefault(section, {})[key] = _value(value.strip())
     return changed
+
+
+def _seconds(value: Any) -> Any:
+    """A date or a time, of TOML or as text, in seconds since 1970; of UTC where it names no zone. All else as it is."""
+    try:
+        time = datetime.fromisoformat(str(value)) if isinstance(value, date | str) else None
+    except ValueError:
+        return value
+    return value if time is None else int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
+
+
+def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Values by section.key."""
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _value(text: str) -> Any:

@@ -10,16 +10,17 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from recsys.errors import BundleError, DataError
-from recsys.text import ENCODERS, Encoded, Pretrained, Progress, TextEncoder, TextSettings
+from recsys.progress import Count
+from recsys.text import ENCODERS, Pretrained, TextEncoder, TextSettings, padded
 
 CONTENT = "content.safetensors"
 ENCODER = "encoder.safetensors"
@@ -54,8 +55,23 @@ class Described:
         return Described(self.texts[:count], self.categories[:count], self.numbers[:count])
 
 
+class Tensors:
+    """Base of a dataclass whose fields are tensors, and whose file holds them by their names."""
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        from safetensors.torch import load_file
+
+        return cls(**load_file(path))
+
+
 @dataclass(frozen=True)
-class Content:
+class Content(Tensors):
     """V items as the model reads them."""
 
     tokens_VL: Tensor
@@ -79,20 +95,14 @@ class Content:
         return len(self.tokens_VL)
 
     @property
+    def by_item(self) -> dict[str, Tensor]:
+        """What has a line for each item, by its name."""
+        return {name: value for name, value in vars(self).items() if "_V" in name}
+
+    @property
     def some_V(self) -> Tensor:
         """Whether anything is known of an item; bool."""
         return (self.tokens_VL > 0).any(1) | (self.categories_VC > 0).any(1) | (self.numbers_VM != 0).any(1)
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
-
-    @staticmethod
-    def load(path: Path) -> Content:
-        from safetensors.torch import load_file
-
-        return Content(**load_file(path))
 
     def with_neighbours(self, lines: Sequence[int], learnt: int, events: Sequence[int], weight: float) -> Content:
         """The same with the neighbours of some lines, which have so many `events`, among the first `learnt` items.
@@ -138,16 +148,8 @@ class Content:
         if fresh_states:
             tokens = torch.where(tokens > 0, tokens + len(states) - 1, 0)
             states = torch.cat([states, other.states_WP[1:]])
-        return Content(
-            put(self.tokens_VL, tokens),
-            states,
-            put(self.pooled_VP, other.pooled_VP),
-            put(self.categories_VC, other.categories_VC),
-            self.categories,
-            put(self.numbers_VM, other.numbers_VM),
-            put(self.neighbours_VK, other.neighbours_VK),
-            put(self.nearness_VK, other.nearness_VK),
-        )
+        theirs = {**other.by_item, "tokens_VL": tokens}
+        return replace(self, states_WP=states, **{name: put(mine, theirs[name]) for name, mine in self.by_item.items()})
 
 
 class ContentEncoder:
@@ -168,7 +170,7 @@ class ContentEncoder:
 
     @classmethod
     def fit(
-        cls, described: Described, settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
+        cls, described: Described, settings: TextSettings, cache: Path | None = None, progress: Count | None = None
     ) -> ContentEncoder:
         """Terms, categories and scales of items with training events."""
         kind = ENCODERS.get(settings.encoder, Pretrained)
@@ -182,25 +184,22 @@ class ContentEncoder:
         deviation_M = (numbers_VM - mean_M).square().nanmean(0).sqrt().nan_to_num()
         return cls(settings, text, categories, widths, mean_M.float(), torch.where(deviation_M > 0, deviation_M, 1.0).float())
 
-    def encode(self, described: Described, cache: Path | None = None, progress: Progress | None = None) -> Content:
+    def encode(self, described: Described, cache: Path | None = None, progress: Count | None = None) -> Content:
         """The items' content; the same item gives the same lines in any company.
 
         Raises DataError: an item has another count of numbers than those that were learnt.
         """
         distinct = list(dict.fromkeys(described.texts))
-        encoded: Encoded = self.text.encode(distinct, cache, progress)
+        encoded = self.text.encode(distinct, cache, progress)
         places = {text: place for place, text in enumerate(distinct)}
         lines_V = torch.tensor([places[text] for text in described.texts], dtype=torch.int64)
         known = [[self._places[name] for name in names if name in self._places] for names in described.categories]
-        categories_VC = torch.zeros(len(described), max(map(len, known), default=0), dtype=torch.int32)
-        for line, numbers in enumerate(known):
-            categories_VC[line, : len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
         numbers_VM = (_numbers(described.numbers, self.widths) - self.mean_M) / self.deviation_M
         return Content(
             encoded.tokens_NL[lines_V],
             encoded.states_WP.half(),
             encoded.pooled_NP[lines_V],
-            categories_VC,
+            padded(known, max(map(len, known), default=0)),
             torch.tensor(len(self.categories)),
             numbers_VM.nan_to_num(0.0).clamp(-FARTHEST, FARTHEST),
             torch.zeros(len(described), 0, dtype=torch.int32),
@@ -241,11 +240,9 @@ def _numbers(rows: Sequence[Sequence[Sequence[float | None]]], widths: Sequence[
     nothing = [[math.nan] * width for width in widths]
     filled = []
     for row in rows:
-        found = [len(column) for column in row]
-        if row and (
-            len(found) != len(widths) or any(count not in (0, width) for count, width in zip(found, widths, strict=True))
-        ):
+        columns = [column or gap for column, gap in zip(row or nothing, nothing, strict=False)]
+        if len(row or nothing) != len(widths) or [*map(len, columns)] != [*widths]:
+            found = [*map(len, row)]
             raise DataError(f"items have {found} numbers by column, the model learnt {list(widths)}; give the same columns")
-        columns = [column or gap for column, gap in zip(row or nothing, nothing, strict=True)]
         filled.append([math.nan if value is None else value for column in columns for value in column])
     return torch.tensor(filled, dtype=torch.float32).reshape(len(rows), sum(widths))

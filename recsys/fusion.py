@@ -38,16 +38,8 @@ class ItemContent(nn.Module):
 
     def __init__(self, content: Content, vocabulary: int) -> None:
         super().__init__()
-        named = {
-            "tokens_RL": content.tokens_VL,
-            "pooled_RP": content.pooled_VP,
-            "categories_RC": content.categories_VC,
-            "numbers_RM": content.numbers_VM,
-            "some_R": content.some_V[:, None],
-            "neighbours_RK": content.neighbours_VK,
-            "nearness_RK": content.nearness_VK,
-        }
-        for name, value in named.items():
+        by_row = {name.replace("_V", "_R"): value for name, value in content.by_item.items()}
+        for name, value in {**by_row, "some_R": content.some_V[:, None]}.items():
             self.register_buffer(name, F.pad(value, (0, 0, FIRST_ITEM, 0)), persistent=False)
         self.some_R, self.categories = self.some_R[:, 0], int(content.categories)
         self.states_WP: Tensor

@@ -39,11 +39,9 @@ def target_ranks(scores_UV: Tensor, owners_P: Tensor, targets_P: Tensor) -> Tens
     return torch.cat(ranks)
 
 
-def measure(
-    ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50), metrics: tuple[str, ...] = ("recall", "ndcg")
-) -> dict[str, float]:
+def measure(ranks_P: Tensor, owners_P: Tensor, users: int, ks: tuple[int, ...] = (10, 50)) -> dict[str, float]:
     """Means over the users who have a target, named `recall@k` and so on."""
-    return {name: float(values_U.mean()) for name, values_U in measure_users(ranks_P, owners_P, users, ks, metrics).items()}
+    return {name: float(values_U.mean()) for name, values_U in measure_users(ranks_P, owners_P, users, ks).items()}
 
 
 def measure_users(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -82,12 +83,9 @@ class ModelSettings(Settings):
     """Share of the ids of described items that is dropped while training, so that the description alone carries them."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_size", "blocks", "heads", "hidden_size", "length", "span", "text_span"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        self._at_least(1, "embedding_size", "blocks", "heads", "hidden_size", "length", "span", "text_span")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+            self._one_of(known, name)
         if self.embedding_size % self.heads:
             raise ValueError(f"heads must divide embedding_size, found {self.heads} and {self.embedding_size}")
         if self.positions == "rotary" and self.embedding_size // self.heads % 2:
@@ -191,37 +189,24 @@ class SequenceModel(nn.Module):
         asked: Tensor | None = None,
         positions: int | None = None,
         packed: bool = False,
-    ) -> Tensor:
-        """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E.
+    ) -> list[Tensor]:
+        """Placed states after every event of each history of at most `length` events, padded on the right, shape B × T × E:
+        before the first block and after each, blocks + 1 of them; without `early_exit`, after the last alone.
 
         `asked` is when each state is asked for, seconds, shape N: read, and needed, by a causal model of request times.
         `positions` is the padded length T (default: the longest history); with `packed`, all histories lie end to end in
         one line (B = 1) of that length (default: as long as they are).
         """
-        return self.exits(batch, generator, asked=asked, positions=positions, packed=packed)[-1]
-
-    def exits(
-        self,
-        batch: Batch,
-        generator: torch.Generator | None = None,
-        *,
-        asked: Tensor | None = None,
-        positions: int | None = None,
-        packed: bool = False,
-    ) -> list[Tensor]:
-        """`forward` before the first block and after each, blocks + 1 states; without `early_exit`, after the last alone."""
         x_BTE, view = self._embed(batch, generator, asked, positions, packed)
         states = [x_BTE]
         for depth, block in enumerate(self.in_turn()):
             states.append(self._through(depth, block, states[-1], view, generator))
         return [self.place(self.norm(x_BTE)) for x_BTE in (states if self.settings.early_exit else states[-1:])]
 
-    def encode(
-        self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
-    ) -> Tensor:
+    def encode(self, batch: Batch, now: Tensor | None = None, *, leave: Sequence[float] = ()) -> Tensor:
         """Placed state of each history, shape B × E; an empty history's state is 0. As `read`."""
-        x_BTE, view = self.read(batch, now, positions=positions, leave=leave)
-        return self.place(x_BTE[torch.arange(len(batch), device=x_BTE.device), (view.lengths_B - 1).clamp(min=0)])
+        x_BTE, view = self.read(batch, now, leave=leave)
+        return self.place(x_BTE[view.last])
 
     def read(
         self, batch: Batch, now: Tensor | None = None, *, positions: int | None = None, leave: Sequence[float] = ()
@@ -232,31 +217,26 @@ class SequenceModel(nn.Module):
         blocks (a saturated state is final, as in CALM, Schuster et al. 2022): a history leaves after the first block
         whose output has at least that cosine with its input, one number a block but the last.
         """
-        some_B = batch.lengths > 0
-        batch, asked = self.asked(batch, now)
+        x_BTE, view = self.read_all(*self.asked(batch, now), positions=positions, leave=leave)
+        return x_BTE * (batch.lengths > 0)[:, None, None], view
+
+    def read_all(
+        self, batch: Batch, asked: Tensor | None, *, positions: int | None = None, leave: Sequence[float] = ()
+    ) -> tuple[Tensor, View]:
+        """`read` where each state is asked for at its own time, seconds, shape N, as in training."""
         x_BTE, whole = self._embed(batch, None, asked, positions)
-        view, out_BTE = whole, torch.zeros_like(x_BTE)
-        going_B, last_B = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
+        view, out_BTE, going_B = whole, torch.zeros_like(x_BTE), whole.last[0]
         for depth, block in enumerate(self.in_turn()):
-            before_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
-            x_BTE = self._through(depth, block, x_BTE, view)
+            before_BTE, x_BTE = x_BTE, self._through(depth, block, x_BTE, view)
             if depth >= len(leave):
                 continue
-            state_BE = x_BTE[torch.arange(len(x_BTE), device=x_BTE.device), last_B]
-            left_B = cosine_similarity(self.norm(before_BE), self.norm(state_BE)) >= leave[depth]
+            left_B = self._alike(before_BTE, x_BTE, view) >= leave[depth]
             out_BTE[going_B[left_B]] = self.norm(x_BTE[left_B])
-            going_B, last_B, x_BTE, view = going_B[~left_B], last_B[~left_B], x_BTE[~left_B], view.take(~left_B)
+            going_B, x_BTE, view = going_B[~left_B], x_BTE[~left_B], view.take(~left_B)
             if not len(going_B):
                 break
         out_BTE[going_B] = self.norm(x_BTE)
-        return out_BTE * some_B[:, None, None], whole
-
-    def read_all(self, batch: Batch, asked: Tensor | None) -> tuple[Tensor, View]:
-        """`read` where each state is asked for at its own time, seconds, shape N, as in training; of a causal model."""
-        x_BTE, view = self._embed(batch, None, asked, None)
-        for depth, block in enumerate(self.in_turn()):
-            x_BTE = self._through(depth, block, x_BTE, view)
-        return self.norm(x_BTE), view
+        return out_BTE, whole
 
     def readable(self, batch: Batch) -> Batch:
         """The last events that the model reads of each history."""
@@ -355,15 +335,13 @@ class SequenceModel(nn.Module):
         """
         batch, asked = self.asked(batch, now)
         x_BTE, view = self._embed(batch, None, asked, None)
-        last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
-        going_B = torch.ones_like(last[0], dtype=torch.bool)
+        going_B = torch.ones_like(view.lengths_B, dtype=torch.bool)
         out: list[Tensor] = []
         for depth, block in enumerate(self.in_turn()):
             out.append(block.attention_weights(x_BTE, view) * going_B[:, None, None, None])
-            before_BE = x_BTE[last]
-            x_BTE = self._through(depth, block, x_BTE, view)
+            before_BTE, x_BTE = x_BTE, self._through(depth, block, x_BTE, view)
             if depth < len(leave):
-                going_B &= cosine_similarity(self.norm(before_BE), self.norm(x_BTE[last])) < leave[depth]
+                going_B &= self._alike(before_BTE, x_BTE, view) < leave[depth]
         return out
 
     def attention_to_text(self, batch: Batch, now: Tensor | None = None) -> Tensor | None:
@@ -375,13 +353,16 @@ class SequenceModel(nn.Module):
             return None
         batch, asked = self.asked(batch, now)
         x_BTE, view = self._embed(batch, None, asked, None)
-        last = torch.arange(len(batch), device=x_BTE.device), (batch.lengths - 1).clamp(min=0)
-        x_BE = next(self.in_turn())(x_BTE, view)[last]
+        x_BE = next(self.in_turn())(x_BTE, view)[view.last]
         rows_BT = view.rows_BT.new_zeros(len(batch), self.settings.text_span + view.positions)
         back_U = torch.arange(1 - self.settings.text_span, 1, device=x_BTE.device)
         rows_BT[:, self.settings.text_span :] = view.rows_BT
-        rows_BU = rows_BT.gather(1, (last[1][:, None] + self.settings.text_span + back_U))
+        rows_BU = rows_BT.gather(1, (view.last[1][:, None] + self.settings.text_span + back_U))
         return self.text_attention.weights(x_BE, rows_BU, self.content)
+
+    def _alike(self, before_BTE: Tensor, x_BTE: Tensor, view: View) -> Tensor:
+        """Cosines of the last states before a block and behind it, shape B."""
+        return cosine_similarity(self.norm(before_BTE[view.last]), self.norm(x_BTE[view.last]))
 
     def _through(self, depth: int, block: Block, x_BTE: Tensor, view: View, generator: torch.Generator | None = None) -> Tensor:
         """States after a block; behind the first one they attend to text, so that later blocks read what was found."""
@@ -436,7 +417,7 @@ class SequenceModel(nn.Module):
             asked = batch.times
         elif asked is None:
             raise ValueError("the model reads request times, and none are given")
-        line = batch.end_to_end if packed else batch
+        line = Batch(batch.values, batch.offsets[[0, -1]], batch.times) if packed else batch
         rows_BT = line.padded(positions or max(1, int(line.lengths.max())))
         mask_BT = line.mask(rows_BT.shape[1])
         times_BT, asked_BT = (torch.zeros_like(rows_BT).masked_scatter_(mask_BT, times) for times in (batch.times, asked))
@@ -469,22 +450,27 @@ def _with_mask(batch: Batch, now_B: Tensor) -> Batch:
     return Batch(values, batch.offsets + starts, times)
 
 
+def put_weights(module: nn.Module, path: Path, device: str, assign: bool = False) -> None:
+    """Give a module the weights of a file. Raises BundleError: they are not those of its settings."""
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(path, device=device), assign=assign)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise BundleError(f"{path}: not the weights of its settings ({line}); export it again") from None
+
+
 def model_from(directory: Directory, device: str = "cpu", content: Content | None = None) -> SequenceModel:
     """The trained model of a run's model directory or of a bundle; `content` stands in the place of its own.
 
     Raises BundleError: the weights are not those of the settings in the manifest.
     """
-    from safetensors.torch import load_file
-
     settings = replace(ModelSettings(**directory.manifest["recipe"][ModelSettings.section]), embedding="torch")
     text = TextSettings(**directory.manifest["recipe"].get(TextSettings.section, {}))
     if content is None and settings.text != "none":
         content = Content.load(directory.path / CONTENT)
     with torch.device("meta"):  # weights are where the file lies in memory, not copied
         model = SequenceModel(settings, directory.manifest["items"], content, text.vocabulary)
-    try:
-        model.load_state_dict(load_file(directory.path / WEIGHTS, device=device), assign=True)
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise BundleError(f"{directory.path / WEIGHTS}: not the weights of its settings ({line}); export it again") from None
+    put_weights(model, directory.path / WEIGHTS, device, assign=True)
     return model.to(device)

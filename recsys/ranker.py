@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.attention import TIME_BUCKETS, UNSEEN, View, biases, time_bucket
-from recsys.batch import FIRST_ITEM, PADDING, Sequences, gather
+from recsys.batch import FIRST_ITEM, PADDING, Sequences
+from recsys.blocks import in_heads
 from recsys.bundle import Directory
 from recsys.config import Settings
+from recsys.content import Tensors
 from recsys.dropout import dropout
-from recsys.errors import BundleError
 from recsys.fusion import ItemContent
-from recsys.model import ModelSettings, SequenceModel
+from recsys.model import ModelSettings, SequenceModel, put_weights
 
 RANKER = "ranker.safetensors"
 COMPANIONS = "companions.safetensors"
@@ -58,12 +58,8 @@ class RankerSettings(Settings):
     """Items that retrieval names for each request."""
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "companions"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        for name in ("width", "heads", "hidden_size", "span", "candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        self._at_least(0, "blocks", "companions")
+        self._at_least(1, "width", "heads", "hidden_size", "span", "candidates")
         if self.span % 16:  # then torch's kernels give a candidate the same bits in any company
             raise ValueError(f"span must be a multiple of 16, found {self.span}")
         if self.width % self.heads:
@@ -73,7 +69,7 @@ class RankerSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Companions:
+class Companions(Tensors):
     """Which items the same users had, in the training part: for each item those of the largest cosine."""
 
     rows_RK: Tensor
@@ -88,7 +84,7 @@ class Companions:
         """Count them; for each item at most `count`."""
         from scipy.sparse import coo_matrix
 
-        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+        train = sequences.histories("train")
         pairs = torch.unique(train.owners << 32 | train.values)
         users_P, rows_P = pairs >> 32, pairs & 0xFFFFFFFF
         rows = FIRST_ITEM + items
@@ -109,17 +105,6 @@ class Companions:
             order = found.argsort(dim=1)
             rows_RK[own], cosines_RK[own] = found.gather(1, order).int(), best.gather(1, order)
         return Companions(rows_RK, cosines_RK, users_R)
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
-
-    @staticmethod
-    def load(path: Path) -> Companions:
-        from safetensors.torch import load_file
-
-        return Companions(**load_file(path))
 
 
 CHUNK = 1024
@@ -191,12 +176,8 @@ class Look:
         rows_BS = torch.zeros(len(states_BE), span, dtype=torch.int64, device=states_BE.device)
         return Look(states_BE.new_zeros(len(states_BE), span, states_BE.shape[1]), rows_BS, torch.zeros_like(rows_BS))
 
-    def part(self, start: int, stop: int) -> Look:
-        """Of the requests [start, stop), without a copy."""
-        return Look(self.states_BSE[start:stop], self.rows_BS[start:stop], self.ages_BS[start:stop])
-
-    def take(self, chosen_B: Tensor) -> Look:
-        """Of some of the histories."""
+    def take(self, chosen_B: Tensor | slice) -> Look:
+        """Of some of the histories; of a slice of them, without a copy."""
         return Look(self.states_BSE[chosen_B], self.rows_BS[chosen_B], self.ages_BS[chosen_B])
 
     def to(self, device: torch.device) -> Look:
@@ -272,9 +253,7 @@ class CrossBlock(nn.Module):
         return weights_BHNS
 
     def _heads(self, x_BMW: Tensor) -> Tensor:
-        """Parts × B × H × M × D."""
-        width = self.query_norm.normalized_shape[0] // self.heads
-        return x_BMW.view(*x_BMW.shape[:2], -1, self.heads, width).permute(2, 0, 3, 1, 4)
+        return in_heads(x_BMW, self.heads, self.query.out_features)
 
 
 class Ranker(nn.Module):
@@ -306,8 +285,8 @@ class Ranker(nn.Module):
         self.user_in = nn.Linear(size, width)
         if settings.text and content is None:
             raise ValueError("ranker.text is set, and model.text is none")
-        reads = settings.text and content is not None
-        self.token_in = nn.Linear(content.states_WP.shape[1], 2 * width, bias=False) if reads and content else None
+        reads = content if settings.text else None
+        self.token_in = nn.Linear(reads.states_WP.shape[1], 2 * width, bias=False) if reads else None
         self.blocks = nn.ModuleList(CrossBlock(settings, model.time != "none") for _ in range(settings.blocks))
         self.event_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.score_weight = nn.Parameter(torch.empty(width))
@@ -422,16 +401,10 @@ def ranker_from(directory: Directory, model: SequenceModel, device: str = "cpu")
 
     Raises BundleError: the weights are not those of the settings in the manifest.
     """
-    from safetensors.torch import load_file
-
     if RANKER not in directory.manifest["files"]:
         return None
     settings = RankerSettings(**directory.manifest["recipe"][RankerSettings.section])
     companions = Companions.load(directory.path / COMPANIONS) if settings.companions else None
     ranker = Ranker(settings, model.settings, directory.manifest["items"], model.content, companions)
-    try:
-        ranker.load_state_dict(load_file(directory.path / RANKER, device=device))
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise BundleError(f"{directory.path / RANKER}: not the weights of its settings ({line}); export it again") from None
+    put_weights(ranker, directory.path / RANKER, device)
     return ranker.to(device)

@@ -9,13 +9,13 @@ import math
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from recsys.config import Settings
 from recsys.errors import SetupError
+from recsys.progress import Count
 
-Progress = Callable[[int, int], None]
-"""Called with (texts done, texts in all)."""
 BATCH = 256
 """Texts that a pretrained model encodes at once."""
 
@@ -50,11 +49,8 @@ class TextSettings(Settings):
     read, nor with tokens, whose vectors are learnt."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "tokens", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.neighbours < 0:
-            raise ValueError(f"neighbours must not be negative, found {self.neighbours}")
+        self._at_least(1, "size", "tokens", "vocabulary")
+        self._at_least(0, "neighbours")
         if not self.encoder:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, or a sentence-transformers model, found ''")
 
@@ -69,28 +65,6 @@ class Encoded:
     """State of each token, elements of about size 1; line 0 is none. No line (0 × P) where the model learns them."""
     pooled_NP: Tensor
     """Pooled vectors of length 1, or 0 where nothing was known of a text; N × 0 where the model learns them."""
-
-
-class TextEncoder(Protocol):
-    """A fitted encoder."""
-
-    contextual: bool
-    """Whether each token of each text has a state of its own, so that `states_WP` grows with the texts."""
-
-    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
-        """The same text gives the same numbers in any company (of a pretrained model, to about 1e-3).
-
-        `cache` is a file in which slow encoders remember texts.
-        """
-        ...
-
-    def words(self, text: str) -> list[str]:
-        """The tokens of a text, as people would read them, in the order of `tokens_NL`."""
-        ...
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that `restore` makes the encoder from."""
-        ...
 
 
 _APART = (
@@ -122,6 +96,10 @@ def without_words(text: str) -> dict[str, str]:
     return {word: "".join(part for part in parts if part.casefold() != word).strip() for word in words}
 
 
+DENSE = 512
+"""Most texts or terms of which all singular vectors are worked out: less than a second."""
+
+
 class Lsa:
     """Latent semantic analysis: TF-IDF and a truncated SVD (Deerwester et al. 1990), by scikit-learn; exact and small.
 
@@ -131,51 +109,33 @@ class Lsa:
     contextual = False
 
     def __init__(self, settings: TextSettings, terms: Sequence[str], idf_W: Tensor, components_WP: Tensor) -> None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
         self.settings, self.terms, self.idf_W, self.components_WP = settings, list(terms), idf_W, components_WP
         self._places = {term: place for place, term in enumerate(self.terms, 1)}
-        self._vectorizer = TfidfVectorizer(
-            analyzer=_terms, token_pattern=None, vocabulary=self.terms or ["?"], sublinear_tf=True
-        )
+        self._vectorizer = _vectorizer(vocabulary=self.terms or ["?"])
         self._vectorizer.idf_ = (idf_W if self.terms else torch.ones(1)).double().numpy()
 
     @classmethod
-    def fit(
-        cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
-    ) -> Lsa:
+    def fit(cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Count | None = None) -> Lsa:
         """Learn terms and components of the texts; where there are many, a term of one text alone is left out."""
-        import numpy as np
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
         texts = [text for text in texts if _terms(text)]
         if not texts:
             return cls(settings, [], torch.zeros(0), torch.zeros(0, settings.size))
-        least = 2 if len(texts) >= 1000 else 1
-        vectorizer = TfidfVectorizer(
-            analyzer=_terms, token_pattern=None, sublinear_tf=True, min_df=least, max_features=settings.vocabulary
-        )
+        vectorizer = _vectorizer(min_df=2 if len(texts) >= 1000 else 1, max_features=settings.vocabulary)
         weights_NW = vectorizer.fit_transform(texts)
-        size = min(settings.size, min(weights_NW.shape) - 1)
         components_WP = torch.zeros(weights_NW.shape[1], settings.size)
-        if size > 0:
-            with np.errstate(divide="ignore", invalid="ignore"):  # its share of the variance, where texts do not vary
-                svd = TruncatedSVD(size, algorithm="arpack", random_state=0).fit(weights_NW)
-            components_WP[:, :size] = torch.from_numpy(svd.components_.T.copy()).float()
-        else:
-            components_WP[:, 0] = 1.0
+        found_WP = _singular(weights_NW, settings.size)
+        components_WP[:, : found_WP.shape[1]] = found_WP
         terms = vectorizer.get_feature_names_out().tolist()
         return cls(settings, terms, torch.from_numpy(vectorizer.idf_).float(), components_WP)
 
-    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
+    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Count | None = None) -> Encoded:
         components_WP = self.components_WP if self.terms else torch.zeros(1, self.settings.size)
         pooled_NP = torch.from_numpy(self._vectorizer.transform(texts) @ components_WP.double().numpy()).float()
         held_N1 = pooled_NP.norm(dim=1, keepdim=True) > 1e-6  # else rounding is all that the components hold of a text
         pooled_NP = F.normalize(pooled_NP) * held_N1
         tokens = [[self._places[word] for word in self.words(text)] for text in texts]
         states_WP = F.pad(_unit(self.components_WP), (0, 0, 1, 0))
-        return Encoded(_padded(tokens, self.settings.tokens), states_WP, pooled_NP)
+        return Encoded(padded(tokens, self.settings.tokens), states_WP, pooled_NP)
 
     def words(self, text: str) -> list[str]:
         known = [word for word in dict.fromkeys(_terms(text)) if word in self._places]
@@ -188,6 +148,34 @@ class Lsa:
     @classmethod
     def restore(cls, settings: TextSettings, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Lsa:
         return cls(settings, plain["terms"], tensors["idf"], tensors["components"])
+
+
+def _vectorizer(**which: Any) -> Any:
+    """TF-IDF of the terms of texts; `which` says which terms there are."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(analyzer=_terms, token_pattern=None, sublinear_tf=True, **which)
+
+
+def _singular(weights_NW: Any, size: int) -> Tensor:
+    """The first right singular vectors of a sparse matrix, W × at most `size`.
+
+    ARPACK draws anew where it has found all there is, by no seed; so what is small is worked out whole. Of few terms all
+    directions are kept, also those that no text tells apart: then nothing is lost of a text to come.
+    """
+    import numpy as np
+    from sklearn.decomposition import TruncatedSVD
+
+    texts, terms = weights_NW.shape
+    if terms <= DENSE:
+        components_PW = np.linalg.eigh((weights_NW.T @ weights_NW).toarray())[1].T[::-1].copy()
+    elif texts <= DENSE:
+        components_PW = np.linalg.svd(weights_NW.toarray(), full_matrices=False)[2]
+    else:
+        components_PW = TruncatedSVD(size, algorithm="arpack", random_state=0).fit(weights_NW).components_
+    highest_P1 = np.abs(components_PW).argmax(1, keepdims=True)
+    components_PW = components_PW * np.sign(np.take_along_axis(components_PW, highest_P1, 1))
+    return torch.from_numpy(components_PW[:size].T.copy()).float()
 
 
 class Hashed:
@@ -203,18 +191,18 @@ class Hashed:
 
     @classmethod
     def fit(
-        cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
+        cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Count | None = None
     ) -> Hashed:
         return cls(settings)
 
-    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
+    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Count | None = None) -> Encoded:
         from xxhash import xxh64_intdigest
 
         tokens = [
             [1 + xxh64_intdigest(piece.encode()) % self.settings.vocabulary for piece in self.words(text)] for text in texts
         ]
         none = torch.zeros(0, self.settings.size), torch.zeros(len(texts), 0)
-        return Encoded(_padded(tokens, self.settings.tokens), *none)
+        return Encoded(padded(tokens, self.settings.tokens), *none)
 
     def words(self, text: str) -> list[str]:
         return [piece for word in words_of(text) for piece in _pieces(word)][: self.settings.tokens]
@@ -238,7 +226,7 @@ class Pretrained:
 
     @classmethod
     def fit(
-        cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Progress | None = None
+        cls, texts: Sequence[str], settings: TextSettings, cache: Path | None = None, progress: Count | None = None
     ) -> Pretrained:
         encoder = cls(settings, torch.zeros(0), torch.zeros(0, 0))
         encoder.digest = _fingerprint(encoder.model)
@@ -263,7 +251,7 @@ class Pretrained:
             self._model = model
         return self._model
 
-    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Progress | None = None) -> Encoded:
+    def encode(self, texts: Sequence[str], cache: Path | None = None, progress: Count | None = None) -> Encoded:
         limit = self.settings.tokens
         tokens_NL = torch.zeros(len(texts), limit, dtype=torch.int32)
         pooled_NP = torch.zeros(len(texts), self.settings.size)
@@ -299,7 +287,7 @@ class Pretrained:
         read = self.model.tokenizer(text, truncation=True, max_length=longest)["input_ids"]
         return [token for token in read if token not in special]
 
-    def _raw(self, texts: Sequence[str], cache: Path | None, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _raw(self, texts: Sequence[str], cache: Path | None, progress: Count | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(token states L × D, pooled D) of each text: remembered, or encoded in batches of about the same length."""
         about = f"{self.digest} {self.settings.tokens}"
         keys = [sha256(f"{about}\0{text}".encode()).digest() for text in texts]
@@ -408,11 +396,20 @@ def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
 
 
-def _padded(tokens: Sequence[Sequence[int]], limit: int) -> Tensor:
+def padded(tokens: Sequence[Sequence[int]], limit: int) -> Tensor:
+    """Rows of at most `limit` numbers, int32; 0 behind the last of each."""
     out_NL = torch.zeros(len(tokens), limit, dtype=torch.int32)
     for place, row in enumerate(tokens):
         out_NL[place, : len(row)] = torch.tensor(row[:limit], dtype=torch.int32)
     return out_NL
 
 
-ENCODERS: dict[str, Any] = {"lsa": Lsa, "tokens": Hashed, "minilm": Pretrained}
+TextEncoder = Lsa | Hashed | Pretrained
+"""A fitted encoder.
+
+encode: the same text gives the same numbers in any company (of a pretrained model, to about 1e-3); `cache` is a file in which
+slow encoders remember texts. words: the tokens of a text, as people would read them, in the order of `tokens_NL`. state:
+tensors and plain values that `restore` makes the encoder from. contextual: whether each token of each text has a state of its
+own, so that `states_WP` grows with the texts.
+"""
+ENCODERS: dict[str, type[TextEncoder]] = {"lsa": Lsa, "tokens": Hashed, "minilm": Pretrained}

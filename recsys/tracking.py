@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
-from recsys.config import Settings
+from recsys.config import Settings, flat
 from recsys.errors import SetupError
 
 OFF = "off"
 CHAMPION = "champion"
 """Alias of the version that is live."""
 REMEMBERED = 100
-"""Versions before the present one that an alias remembers."""
+"""Champions before the present one that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Tracking:
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Tracking:
         """Where the run of a model or bundle is recorded; off where it was."""
-        address = manifest["clock"].get("run", manifest["clock"])["tracking"]
-        settings = TrackingSettings(**manifest["recipe"][TrackingSettings.section])
-        return cls(replace(settings, uri=address["uri"]), address["run_id"])
+        address = manifest["clock"].get("run", manifest["clock"]).get("tracking", {"uri": OFF, "run_id": ""})
+        settings = TrackingSettings(**manifest["recipe"].get(TrackingSettings.section, {}))
+        return cls(settings).at(address)
 
     @property
     def on(self) -> bool:
@@ -97,13 +97,9 @@ class Tracking:
         """The run at an address that was kept; this one where there is none."""
         return self if address is None else Tracking(replace(self.settings, uri=address["uri"]), address["run_id"])
 
-    def child(self) -> Tracking:
-        """A run of its own under this one, which must be running."""
-        return Tracking(replace(self.settings, uri=self.uri), nested=True)
-
-    def sibling(self) -> Tracking:
-        """A run of its own in the same store, which must be there."""
-        return Tracking(replace(self.settings, uri=self.uri), there=True)
+    def another(self, nested: bool = False) -> Tracking:
+        """A run of its own in the same store, which must be there; `nested` under this one, which must be running."""
+        return Tracking(replace(self.settings, uri=self.uri), nested=nested, there=True)
 
     def outcome(self, name: str, state: str, reason: str = "") -> None:
         """How a child ended: as complete, pruned or failed; `name` is for one that ended before its run started."""
@@ -138,10 +134,14 @@ class Tracking:
         except mlflow.exceptions.MlflowException:
             raise self._gone() from None
 
+    @property
+    def _database(self) -> Path | None:
+        """The SQLite file that is the store, if one is; MLflow makes an empty one where there is none."""
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+
     def _require_store(self) -> None:
-        """Raises SetupError: the run's SQLite file is gone, and MLflow would make an empty one there."""
-        store = self.uri.removeprefix("sqlite:///")
-        if self.there and store != self.uri and not Path(store).is_file():
+        """Raises SetupError: the run's SQLite file is gone."""
+        if self.there and self._database and not self._database.is_file():
             raise self._gone()
 
     def _gone(self) -> SetupError:
@@ -153,8 +153,7 @@ class Tracking:
         if self.on:
             mlflow = self._mlflow()
             known = mlflow.MlflowClient().get_run(self.run_id).data.params
-            flat = {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
-            mlflow.log_params({name: value for name, value in flat.items() if name not in known})
+            mlflow.log_params({name: value for name, value in flat(recipe).items() if name not in known})
 
     def dataset(self, name: str, digest: str, source: str, profile: str) -> None:
         """The data set with its hash."""
@@ -241,10 +240,9 @@ class Tracking:
         """The version that is champion; empty where there is none, or no registered model."""
         if not self.on:
             return ""
-        name = self.settings.model
-        with self._answering(f"model {name}"):
-            there = self._registry().search_registered_models(filter_string=f"name = '{name}'")
-            return self._line_of(CHAMPION)[0] if there else ""
+        with self._registry() as (client, name):
+            there = client.search_registered_models(filter_string=f"name = '{name}'")
+            return self._line(client)[0] if there else ""
 
     def decided(self, version: str, tags: Mapping[str, str], evidence: Path | None = None, more: bool = False) -> None:
         """Write what was decided of a version on it, as tags `promotion.…`, and the files of `evidence` to its run.
@@ -252,8 +250,7 @@ class Tracking:
         The tags of an earlier decision go, unless this is `more` of the same. MLflow's names have no @: `ndcg@10` is
         `ndcg_at_10`. Raises SetupError: no such version.
         """
-        client, name = self._registry(), self.settings.model
-        with self._answering(f"version {version} of model {name}"):
+        with self._registry(f"version {version} of ") as (client, name):
             if evidence is not None:
                 client.log_artifacts(client.get_model_version(name, version).run_id, str(evidence), f"promotion/{version}")
             for tag in () if more else client.get_model_version(name, version).tags:
@@ -262,39 +259,36 @@ class Tracking:
             for tag, text in tags.items():
                 client.set_model_version_tag(name, version, f"promotion.{tag.replace('@', '_at_')}", text)
 
-    def promote(self, version: str, alias: str = CHAMPION) -> None:
-        """Move the alias to a version, and remember the one before it. Raises SetupError: no such version."""
-        client, name = self._registry(), self.settings.model
+    def promote(self, version: str) -> None:
+        """Make a version champion, and remember the one before it. Raises SetupError: no such version."""
         self.resolve(version)
-        with self._answering(f"model {name}"):
-            now, before = self._line_of(alias)
+        with self._registry() as (client, name):
+            now, before = self._line(client)
             if now == version:
                 return
             if now:
-                self._remember(alias, [*before, now])  # first: an alias that moved without is not to be rolled back
-            client.set_registered_model_alias(name, alias, version)
+                self._remember([*before, now])  # first: an alias that moved without is not to be rolled back
+            client.set_registered_model_alias(name, CHAMPION, version)
 
-    def rollback(self, alias: str = CHAMPION) -> str:
-        """Move the alias back to the version before, each time to an earlier one, and return it.
+    def rollback(self) -> str:
+        """Make the version before champion again, each time to an earlier one, and return it.
 
         Versions that were deleted are left out. Raises SetupError: there is none before.
         """
-        client, name = self._registry(), self.settings.model
-        with self._answering(f"model {name}"):
+        with self._registry() as (client, name):
             there = {str(version["version"]) for version in self.versions()}
-            now, before = self._line_of(alias)
+            now, before = self._line(client)
             while before:
                 version = before.pop()
                 if version != now and version in there:
-                    client.set_registered_model_alias(name, alias, version)
-                    self._remember(alias, before)
+                    client.set_registered_model_alias(name, CHAMPION, version)
+                    self._remember(before)
                     return version
-        raise SetupError(f"{name}: nothing to roll back to, no version was {alias} before {now or 'now'}; promote one instead")
+        raise SetupError(f"{name}: nothing to roll back to, no version was champion before {now or 'now'}; promote one instead")
 
     def resolve(self, word: str) -> tuple[str, str]:
         """The version that a number or an alias names, and where its files lie. Raises SetupError: there is none."""
-        client, name = self._registry(), self.settings.model
-        with self._answering(f"{'version' if word.isdecimal() else 'alias'} {word} of model {name}"):
+        with self._registry(f"{'version' if word.isdecimal() else 'alias'} {word} of ") as (client, name):
             get = client.get_model_version if word.isdecimal() else client.get_model_version_by_alias
             found = get(name, word)
             return str(found.version), str(found.source)
@@ -315,14 +309,13 @@ class Tracking:
                     Path(mlflow.artifacts.download_artifacts(source, dst_path=temporary)).rename(folder)
                 except Exception as error:  # each store raises its own kinds
                     if not folder.exists():  # else another process was faster
-                        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                        raise SetupError(f"{source}: does not arrive in {folder} ({line}); check both places") from None
+                        told = _first_line(error)
+                        raise SetupError(f"{source}: does not arrive in {folder} ({told}); check both places") from None
         return folder
 
     def versions(self) -> list[dict[str, Any]]:
         """The registered bundles, newest first: version, bundle, aliases, decision, created (UTC), run, source."""
-        store = self.uri.removeprefix("sqlite:///")
-        if not self.on or (store != self.uri and not Path(store).is_file()):  # MLflow would make an empty one there
+        if not self.on or (self._database and not self._database.is_file()):
             return []
         client = self._mlflow().MlflowClient()
         found = client.search_model_versions(f"name = '{self.settings.model}'")
@@ -340,34 +333,34 @@ class Tracking:
             for version in sorted(found, key=lambda version: -int(version.version))
         ]
 
-    def _registry(self) -> Any:
-        """The client. Raises SetupError: tracking is off, or the store does not answer."""
+    @contextmanager
+    def _registry(self, what: str = "") -> Iterator[tuple[Any, str]]:
+        """The client and the name of the registered model. Raises SetupError: tracking is off, the store does not answer, or it
+        has not `what` of the model.
+        """
         if not self.on:
             raise SetupError("tracking is off, and so is the registry of bundles; set tracking.uri to its store")
-        return self._mlflow().MlflowClient()
-
-    @contextmanager
-    def _answering(self, what: str) -> Iterator[None]:
-        """Errors of MLflow are the user's: it has not `what`, or does not answer."""
+        mlflow, name = self._mlflow(), self.settings.model
         try:
-            yield
-        except self._mlflow().exceptions.MlflowException as error:
+            yield mlflow.MlflowClient(), name
+        except mlflow.exceptions.MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise SetupError(f"MLflow at {self.uri} has no {what}; `recsys bundles list` shows what there is") from None
+                missing = f"{what}model {name}"
+                raise SetupError(f"MLflow at {self.uri} has no {missing}; `recsys bundles list` shows what there is") from None
             raise self._silent(error) from None
 
-    def _line_of(self, alias: str) -> tuple[str, list[str]]:
-        """The version that has an alias, empty for none, and those that had it before, oldest first."""
-        model = self._registry().get_registered_model(self.settings.model)
-        return str(model.aliases.get(alias, "")), [word for word in model.tags.get(f"{alias}.before", "").split(",") if word]
+    def _line(self, client: Any) -> tuple[str, list[str]]:
+        """The champion, empty for none, and those that were it before, oldest first."""
+        model = client.get_registered_model(self.settings.model)
+        return str(model.aliases.get(CHAMPION, "")), [*filter(None, model.tags.get(f"{CHAMPION}.before", "").split(","))]
 
-    def _remember(self, alias: str, before: list[str]) -> None:
-        told = ",".join(before[-REMEMBERED:])
-        self._registry().set_registered_model_tag(self.settings.model, f"{alias}.before", told)
+    def _remember(self, before: list[str]) -> None:
+        with self._registry() as (client, name):
+            client.set_registered_model_tag(name, f"{CHAMPION}.before", ",".join(before[-REMEMBERED:]))
 
     def _silent(self, error: Exception) -> SetupError:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return SetupError(f"MLflow at {self.uri} does not answer ({line}); check tracking.uri, or set it to off")
+        told = _first_line(error)
+        return SetupError(f"MLflow at {self.uri} does not answer ({told}); check tracking.uri, or set it to off")
 
     def _mlflow(self) -> Any:
         global _chosen
@@ -391,10 +384,13 @@ class Tracking:
         """Artifacts of a SQLite store lie beside the database, wherever the command was started."""
         client, name = mlflow.MlflowClient(), self.settings.experiment
         if client.get_experiment_by_name(name) is None:
-            database = self.uri.removeprefix("sqlite:///")
-            beside = None if database == self.uri else (Path(database).absolute().parent / "mlartifacts").as_uri()
+            beside = self._database and (self._database.absolute().parent / "mlartifacts").as_uri()
             client.create_experiment(name, artifact_location=beside)
         mlflow.set_experiment(name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 _chosen: tuple[str, str] | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from recsys.config import Settings
+from serving.history import KEEP
 from serving.messages import Refusal
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class OnlineSettings(Settings):
     """Requests a second that each client may send; 0: as many as it likes."""
     burst: int = 20
     """Requests that a client may send at once after it was silent; needs online.rate."""
-    keep: int = 500
+    keep: int = KEEP
     """Last events of a user that are kept."""
     watch_seconds: float = 5.0
     """Seconds between two looks at the bundle, the lists and the registry."""
@@ -56,17 +57,10 @@ class OnlineSettings(Settings):
     """Explanations, batches and changes that may wait for the one thread that does them."""
 
     def __post_init__(self) -> None:
-        for name in ("queue", "deadline_ms", "burst", "keep", "body_bytes", "heavy"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("rate", "drain_seconds", "record_every"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        for name in ("watch_seconds", "body_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must be from 0 to 1, found {self.share}")
+        self._at_least(1, "queue", "deadline_ms", "burst", "keep", "body_bytes", "heavy")
+        self._must("not be negative", lambda value: 0 <= value < math.inf, ("rate", "drain_seconds", "record_every"))
+        self._must("be above 0", lambda value: value > 0, ("watch_seconds", "body_seconds"))
+        self._from_to(0, 1, "share")
 
 
 class Desk:
@@ -139,12 +133,9 @@ class Cost:
 class Rate:
     """A bucket of tokens for each client, which fills by `rate` a second up to `burst`."""
 
-    def __init__(self, rate: float, burst: int, clock: Clock, clients: int = CLIENTS) -> None:
-        self.rate, self.burst, self.clock, self.clients = rate, burst, clock, clients
+    def __init__(self, rate: float, burst: int, clock: Clock) -> None:
+        self.rate, self.burst, self.clock = rate, burst, clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._buckets)
 
     def wait(self, client: str) -> float:
         """Take a token: 0, or the seconds until there is one."""
@@ -155,7 +146,7 @@ class Rate:
         tokens = min(float(self.burst), tokens + (now - then) * self.rate)
         allowed = tokens >= 1
         self._buckets[client] = (tokens - allowed, now)
-        if len(self._buckets) > self.clients:
+        if len(self._buckets) > CLIENTS:
             self._buckets.popitem(last=False)
         return 0.0 if allowed else (1 - tokens) / self.rate
 

@@ -18,12 +18,18 @@ class Reason(Struct):
     drop: float
 
 
-class Recommended(Struct, omit_defaults=True):
-    """One place of a list."""
+class Near(Struct):
+    """One place of a list of items like another."""
 
     rank: int
     item_id: ItemId
     title: str
+    score: float
+
+
+class Recommended(Near, omit_defaults=True):
+    """One place of a list."""
+
     score: Annotated[float, Meta(description="Comparable within a list alone; of a popular item, its training events.")]
     probability: Annotated[float, Meta(description="That it is the next item, as often as on validation.")] | UnsetType = UNSET
     reasons: Annotated[list[Reason], Meta(description="The events that carried it most.")] | UnsetType = UNSET
@@ -51,15 +57,21 @@ Unknown = Annotated[list[ItemId], Meta(description="Ids and titles that are no i
 BundleId = Annotated[str, Meta(description="Id of the bundle that answered.")]
 
 
-class Answer(Struct, omit_defaults=True):
-    """A list, best first."""
+class RankAnswer(Struct):
+    """The items in order, best first; those that were removed, or of which the bundle knows nothing, are left out."""
 
     bundle: BundleId
     arm: str
     source: Source
     fallback: Fallback | None
     unknown: Unknown
-    items: list[Recommended]
+    items: list[Near]
+
+
+class Answer(RankAnswer, omit_defaults=True):
+    """A list, best first."""
+
+    items: list[Recommended]  # type: ignore[assignment]
     attention: list[Read] | UnsetType = UNSET
 
 
@@ -69,15 +81,6 @@ class BatchAnswer(Struct):
     answers: list[Answer]
 
 
-class Near(Struct):
-    """One place of a list of items like another."""
-
-    rank: int
-    item_id: ItemId
-    title: str
-    score: float
-
-
 class SimilarAnswer(Struct):
     """Items like another, most alike first."""
 
@@ -85,17 +88,6 @@ class SimilarAnswer(Struct):
     arm: str
     item_id: ItemId
     title: str
-    items: list[Near]
-
-
-class RankAnswer(Struct):
-    """The items in order, best first; those that were removed, or of which the bundle knows nothing, are left out."""
-
-    bundle: BundleId
-    arm: str
-    source: Source
-    fallback: Fallback | None
-    unknown: Unknown
     items: list[Near]
 
 
@@ -114,23 +106,21 @@ class ItemsAnswer(Struct):
     changes: dict[str, int]
 
 
-class Item(Struct):
-    """An item of the champion."""
-
-    item_id: ItemId
-    title: str
-    events: Annotated[int, Meta(description="Events of the training part.")]
-    recommended: Annotated[bool, Meta(description="Whether lists may hold it.")]
-    text: str = ""
-    categories: list[str] = []
-    attributes: dict[str, bool | float | str | list[str] | None] = {}
-
-
 class Hit(Struct):
     """An item that a search found."""
 
     item_id: ItemId
     title: str
+
+
+class Item(Hit):
+    """An item of the champion."""
+
+    events: Annotated[int, Meta(description="Events of the training part.")]
+    recommended: Annotated[bool, Meta(description="Whether lists may hold it.")]
+    text: str = ""
+    categories: list[str] = []
+    attributes: dict[str, bool | float | str | list[str] | None] = {}
 
 
 class Hits(Struct):

@@ -22,12 +22,13 @@ import msgspec
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from recsys import __version__
 from recsys.errors import DataError, RecsysError, RequestError, SetupError, StoreError
+from recsys.version import __version__
 from serving.admission import OnlineSettings, Rate
 from serving.document import OPERATIONS, document
 from serving.fallback import open_lists
@@ -40,22 +41,19 @@ from serving.stores import BlobError
 from serving.telemetry import LOG, Call, Tracer, about, log_request, speak, tracer
 
 PAGE = Path(__file__).parent / "page"
-NAMED = re.compile(r"[a-z0-9][a-z0-9_-]*\.(html|css|js|svg|png|ico|woff2)")
 TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
-    "png": "image/png",
-    "ico": "image/x-icon",
-    "woff2": "font/woff2",
 }
+NAMED = re.compile(rf"[a-z0-9][a-z0-9_-]*\.({'|'.join(TYPES)})")
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
 """What the page may load: nothing from elsewhere."""
 OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/favicon.ico")
 """Paths that need no key, beside the page's files."""
 VISIBLE = re.compile(rb"[\x21-\x7e]{1,100}")
-JSON = b"application/json"
+JSON, FIGURES = b"application/json", b"text/plain; version=1.0.0; charset=utf-8"
 BACKLOG = 2048
 GRACE = 60
 """Seconds that requests under way may take when the process leaves: the longest deadline."""
@@ -74,6 +72,11 @@ class Reply:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     content: bytes = JSON
 
+    @property
+    def head(self) -> list[tuple[bytes, bytes]]:
+        """The headers, with what the body is."""
+        return [(b"content-type", self.content), (b"content-length", b"%d" % len(self.body)), *self.headers]
+
 
 class Online:
     """The application: counts, names, admits and answers every request."""
@@ -83,12 +86,8 @@ class Online:
         settings = service.settings
         self.clock = service.clock
         self.rate = Rate(settings.rate, settings.burst, service.clock)
-        self.body_bytes, self.body_seconds = settings.body_bytes, settings.body_seconds
         self._hot: dict[tuple[str, str], Hot] = {
-            ("POST", "/v1/recommend"): service.recommend,
-            ("POST", "/v1/rank"): service.rank,
-            ("POST", "/v1/similar"): service.similar,
-            ("POST", "/v1/events"): service.events,
+            (each.method, each.path): getattr(service, each.name) for each in OPERATIONS if each.asks is not None
         }
         self._begin, self._count = secrets.token_hex(6), itertools.count(1)
         self.api = _api(self)
@@ -105,7 +104,7 @@ class Online:
         hot = self._hot.get((call.method, scope["path"]))
         try:
             self._admit(scope, said)
-            body = await _body(said, receive, self.body_bytes, self.body_seconds)
+            body = await _body(said, receive, self.service.settings)
             call.read = self.clock()
         except Refusal as refusal:
             call.route = scope["path"] if hot else "other"
@@ -116,7 +115,7 @@ class Online:
             call.route = scope["path"]
             await self._send(send, call, await self.reply(call, hot(body, call)))
         else:
-            await self._pass_on(scope, send, call, body)
+            await self._pass_on(scope, receive, send, call)
 
     def _admit(self, scope: Scope, said: Mapping[bytes, bytes]) -> None:
         """Raises Refusal: no key, a wrong one, or too many requests."""
@@ -150,25 +149,16 @@ class Online:
             return _refused(Refusal(503, "the store does not answer; ask again", retry_after=1))
         except RecsysError as error:
             LOG.error("unable", extra=about(request_id=call.id, route=call.route, detail=str(error)))
-            return _refused(
-                Refusal(503, "a file that this needs cannot be read or written; the log says which", retry_after=60)
-            )
+            said = "a file that this needs cannot be read or written; the log says which"
+            return _refused(Refusal(503, said, retry_after=60))
         except Exception:
             LOG.exception("error", extra=about(request_id=call.id, route=call.route))
             return _problem(500, "a mistake of the server's own; its log says more under this request id")
 
-    async def _pass_on(self, scope: Scope, send: Send, call: Call, body: bytes) -> None:
-        """FastAPI answers; the status and the headers of all pass through here."""
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
+        """FastAPI answers, and reads no body; the status and the headers of all pass through here."""
         call.route = "other"
         scope["recsys"] = call
-        given = False
-
-        async def receive() -> Message:
-            nonlocal given
-            if given:
-                return {"type": "http.disconnect"}
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
 
         async def back(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -188,12 +178,7 @@ class Online:
 
     async def _send(self, send: Send, call: Call, reply: Reply, close: bool = False) -> None:
         call.status = reply.status
-        headers = [
-            (b"content-type", reply.content),
-            (b"content-length", b"%d" % len(reply.body)),
-            *reply.headers,
-            *self._own(call, close),
-        ]
+        headers = [*reply.head, *self._own(call, close)]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": reply.body})
         self._finish(call)
@@ -224,7 +209,7 @@ def _key(said: Mapping[bytes, bytes]) -> str:
     return key.strip() if scheme.lower() == "bearer" else said.get(b"x-api-key", b"").decode("latin-1")
 
 
-async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int, seconds: float) -> bytes:
+async def _body(said: Mapping[bytes, bytes], receive: Receive, settings: OnlineSettings) -> bytes:
     """The whole body.
 
     Raises Refusal: it does not say its length, is too long, does not come in time, or is of another length than it said.
@@ -232,14 +217,14 @@ async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int, second
     if b"transfer-encoding" in said:
         raise Refusal(411, "the body has no Content-Length; send one")
     length = said.get(b"content-length", b"0")
-    if not length.isdigit() or len(length) > 20 or int(length) > most:
-        raise Refusal(413, f"the body is larger than {most} bytes; send less")
+    if not length.isdigit() or len(length) > 20 or int(length) > settings.body_bytes:
+        raise Refusal(413, f"the body is larger than {settings.body_bytes} bytes; send less")
     wanted = int(length)
     if not wanted:
         return b""
     body, more = b"", True
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(settings.body_seconds):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -247,7 +232,7 @@ async def _body(said: Mapping[bytes, bytes], receive: Receive, most: int, second
                 body += message.get("body", b"")
                 more = message.get("more_body", False) and len(body) <= wanted
     except TimeoutError:
-        raise Refusal(408, f"the body did not come within {seconds:g} seconds; send it again") from None
+        raise Refusal(408, f"the body did not come within {settings.body_seconds:g} seconds; send it again") from None
     if len(body) != wanted:
         raise Refusal(400, f"the body is not of the {wanted} bytes that Content-Length says; send it again")
     return body
@@ -282,44 +267,36 @@ def _api(online: Online) -> FastAPI:
     api.router.redirect_slashes = False
     described = msgspec.json.encode(document(__version__))
 
-    def route(method: str, path: str, name: str, work: Callable[[Request, Call], Awaitable[bytes | Reply]]) -> None:
+    def route(method: str, path: str, work: Callable[[Request, Call], Awaitable[bytes | Reply]]) -> None:
         async def endpoint(request: Request) -> Response:
             call: Call = request.scope["recsys"]
-            call.route = name
+            call.route = path
 
             async def whole() -> bytes | Reply:
                 return await work(request, call)  # in here, so that what it refuses before it waits is answered too
 
             return _response(await online.reply(call, whole()))
 
-        api.add_api_route(path, endpoint, methods=[method], include_in_schema=False, response_model=None)
+        given = re.sub(r"\{(\w+)\}", r"{\1:id}", path)
+        api.add_api_route(given, endpoint, methods=[method], include_in_schema=False, response_model=None)
 
-    for operation, work in _cold(service).items():
-        found = next(each for each in OPERATIONS if each.name == operation)
-        route(found.method, re.sub(r"\{(\w+)\}", r"{\1:id}", found.path), found.path, work)
-    for name, path in {"index.html": "/", "favicon.ico": "/favicon.ico"}.items():
-        route("GET", path, path, lambda request, call, name=name: _page(online.page, name, request))  # type: ignore[misc]
-    route("GET", "/page/{name}", "/page/{name}", lambda request, call: _page(online.page, request.path_params["name"], request))
-    route("GET", "/openapi.json", "/openapi.json", lambda request, call: _at_once(Reply(200, described)))
-    methods: dict[str, list[str]] = {}
-    for each in OPERATIONS:
-        methods.setdefault(each.path, []).append(each.method)
+    cold = _cold(service)
+    for each in OPERATIONS:  # the hot ones for their other methods alone, and for the 405
+        route(each.method, each.path, cold.get(each.name, lambda request, call: _at_once(b"")))
+    route("GET", "/", lambda request, call: _page(online.page, "index.html", request))
+    route("GET", "/favicon.ico", lambda request, call: _page(online.page, "favicon.ico", request))
+    route("GET", "/page/{name}", lambda request, call: _page(online.page, request.path_params["name"], request))
+    route("GET", "/openapi.json", lambda request, call: _at_once(Reply(200, described)))
 
     @api.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            allowed = next((each for path, each in methods.items() if _matches(path, request.url.path)), ["GET"])
-            detail = f"this path takes {', '.join(allowed)}"
-            return _response(_problem(405, detail, (b"allow", ", ".join(allowed).encode())))
+            matched = [each for each in api.routes if isinstance(each, Route) and each.matches(request.scope)[0] != Match.NONE]
+            allowed = ", ".join(method for each in matched for method in each.methods or ())
+            return _response(_problem(405, f"this path takes {allowed}", (b"allow", allowed.encode())))
         return _response(_problem(error.status_code, "no such path; /openapi.json names all"))
 
-    for path in ("/v1/recommend", "/v1/rank", "/v1/similar", "/v1/events"):  # for their other methods, and for the 405
-        route("POST", path, path, lambda request, call: _at_once(b""))
     return api
-
-
-def _matches(template: str, path: str) -> bool:
-    return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(template)), path, re.DOTALL) is not None
 
 
 async def _at_once(found: bytes | Reply) -> bytes | Reply:
@@ -328,31 +305,17 @@ async def _at_once(found: bytes | Reply) -> bytes | Reply:
 
 def _response(reply: Reply) -> Response:
     response = Response(reply.body, reply.status)
-    response.raw_headers = [
-        (b"content-length", b"%d" % len(reply.body)),
-        (b"content-type", reply.content),
-        *reply.headers,
-    ]
+    response.raw_headers = reply.head
     return response
 
 
 def _cold(service: Service) -> dict[str, Callable[[Request, Call], Awaitable[bytes | Reply]]]:
-    """What answers each operation that FastAPI routes."""
-
-    async def ready(request: Request, call: Call) -> Reply:
-        return Reply(*service.ready())
-
-    async def metrics(request: Request, call: Call) -> Reply:
-        return Reply(200, service.metrics.text(), content=b"text/plain; version=1.0.0; charset=utf-8")
-
-    async def posted(work: Hot, request: Request, call: Call) -> bytes:
-        return await work(await request.body(), call)
+    """What answers each operation that takes no message."""
 
     async def find(request: Request, call: Call) -> bytes:
         query = request.query_params
-        for name in query:
-            if name not in ("q", "limit"):
-                raise RequestError("query: only q and limit may be given; leave the others out")
+        if not {*query} <= {"q", "limit"}:
+            raise RequestError("query: only q and limit may be given; leave the others out")
         part, limit = query.get("q", ""), query.get("limit", "20")
         if not re.fullmatch(r"[1-9][0-9]?|100", limit):
             raise RequestError("limit: give a whole number from 1 to 100")
@@ -367,9 +330,6 @@ def _cold(service: Service) -> dict[str, Callable[[Request, Call], Awaitable[byt
         return found
 
     return {
-        "batch": lambda request, call: posted(service.batch, request, call),
-        "add_items": lambda request, call: posted(service.add_items, request, call),
-        "update_items": lambda request, call: posted(service.update_items, request, call),
         "find_items": find,
         "item": lambda request, call: service.item(named(request, "item_id")),
         "remove_item": lambda request, call: service.remove_item(named(request, "item_id")),
@@ -378,8 +338,8 @@ def _cold(service: Service) -> dict[str, Callable[[Request, Call], Awaitable[byt
         "erase": lambda request, call: service.erase(named(request, "user_id")),
         "bundle": lambda request, call: service.bundle(),
         "health": lambda request, call: _at_once(b'{"status":"ok"}'),
-        "ready": ready,
-        "metrics": metrics,
+        "ready": lambda request, call: _at_once(Reply(*service.ready())),
+        "metrics": lambda request, call: _at_once(Reply(200, service.metrics.text(), content=FIGURES)),
     }
 
 
@@ -405,16 +365,10 @@ async def _page(folder: Path, name: str, request: Request) -> Reply:
     return Reply(200, content, headers, kind)
 
 
-class Id(Convertor[str]):
+class Id(PathConvertor):
     """An id in a path: any text, also one with slashes and line ends."""
 
     regex = r"[\s\S]+"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 register_url_convertor("id", Id())
@@ -445,15 +399,7 @@ class Server(uvicorn.Server):
             os._exit(FORCED)
         service.leaving = True
         LOG.info("leaving")
-        asyncio.get_running_loop().call_later(service.settings.drain_seconds, self._close)
-
-    def _close(self) -> None:
-        self.should_exit = True
-
-
-def create_app(service: Service, keys: Keys | None = None, tracer: Tracer | None = None, page: Path = PAGE) -> Online:
-    """The application over a service."""
-    return Online(service, keys, tracer, page)
+        asyncio.get_running_loop().call_later(service.settings.drain_seconds, setattr, self, "should_exit", True)
 
 
 def serve(
@@ -502,7 +448,7 @@ def serve(
         listed = open_lists(lists) if lists else None
         service = Service(arms, kept, settings, lists=listed, addresses=addresses)
         services.append(service)
-        online = create_app(service, known, spans)
+        online = Online(service, known, spans)
         config = uvicorn.Config(
             online,
             log_config=None,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,13 +42,8 @@ class Calibration:
 
     def probabilities(self, scores_BN: Tensor) -> Tensor:
         """Of all candidates of each request, float32, shape kept; 0 where there is none."""
-        shares_BN = scores_BN.double().log_softmax(1).nan_to_num(-torch.inf)
-        right_BN = torch.searchsorted(self.shares_Z, shares_BN).clamp(1, max(1, len(self.shares_Z) - 1))
-        left_BN = (right_BN - 1).clamp(max=len(self.shares_Z) - 1)
-        right_BN = right_BN.clamp(max=len(self.shares_Z) - 1)
-        low, high = self.shares_Z[left_BN], self.shares_Z[right_BN]
-        along_BN = ((shares_BN - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        found_BN = torch.lerp(self.probabilities_Z[left_BN], self.probabilities_Z[right_BN], along_BN)
+        shares_BN = scores_BN.double().log_softmax(1).numpy()
+        found_BN = torch.from_numpy(np.interp(shares_BN, self.shares_Z.numpy(), self.probabilities_Z.numpy()))
         return found_BN.masked_fill(scores_BN == -torch.inf, 0).float()
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,22 +9,18 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
-from features.dataset import ATTRIBUTE
-from recsys.batch import FIRST_ITEM, Sequences
+from features.dataset import ATTRIBUTE, Dataset, described
+from recsys.batch import FIRST_ITEM, PADDING, Sequences
+from recsys.content import Described
 from recsys.errors import RequestError
 from serving.filters import CATEGORIES, Attributes
 from serving.names import NAMES, REMOVED, Names
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from features.dataset import Dataset
-    from recsys.content import Described
 
 Find = Callable[[int | str], int | None]
 """Turns a word of the user into an item row, or None."""
@@ -55,16 +51,12 @@ class Catalogue:
     @cached_property
     def table(self) -> pl.DataFrame:
         """All columns of the items' table, and whether an item was removed."""
-        import polars as pl
-
         table = self._read()
         return table if REMOVED in table.columns else table.with_columns(pl.lit(False).alias(REMOVED))
 
     @property
     def described(self) -> Described:
         """What every item's text, categories and numbers are, by row."""
-        from features.dataset import described
-
         return described(self.table)
 
     @property
@@ -82,16 +74,12 @@ class Catalogue:
 
     def _read(self, wanted: Collection[str] | Callable[[str], bool] = lambda name: True) -> pl.DataFrame:
         """The columns of these names that the items' table has."""
-        import polars as pl
-
         chosen = wanted if callable(wanted) else wanted.__contains__
         with os.fdopen(os.dup(self._file), "rb") as file:
             return pl.read_parquet(file, columns=[*filter(chosen, pl.read_parquet_schema(file))])
 
     def told(self, row: int) -> dict[str, Any]:
         """All that the items' table says of one item."""
-        import polars as pl
-
         with os.fdopen(os.dup(self._file), "rb") as file:
             return pl.scan_parquet(file).slice(row - FIRST_ITEM, 1).collect().row(0, named=True)
 
@@ -173,8 +161,6 @@ class Catalogue:
 
     def rows_of(self, item_ids: pl.Series) -> pl.Series:
         """The row of each item id, which counts as text; null where it is no item."""
-        import polars as pl
-
         mine = self.items.select("item_id", own=pl.col("row").cast(pl.Int64))
         if item_ids.equals(mine["item_id"], check_dtypes=True):
             return mine["own"]
@@ -182,6 +168,25 @@ class Catalogue:
         if words.schema["item_id"] != mine.schema["item_id"]:
             words, mine = words.cast({"item_id": pl.String}), mine.cast({"item_id": pl.String})
         return words.join(mine, on="item_id", how="left", maintain_order="left")["own"]
+
+    def denied_and_allowed(
+        self, deny: Collection[int | str], allow: Collection[int | str] | None, unknown: list[int | str] | None = None
+    ) -> tuple[list[int], list[int] | None]:
+        """Item rows of both lists; an id that is no item is as in `rows`."""
+        denied = self.rows(deny, self.by_id, unknown) if deny else []
+        allowed = None if allow is None else [row for row in self.rows(allow, self.by_id, unknown) if row is not None]
+        return [row for row in denied if row is not None], allowed
+
+    def places(self, found: Iterable[tuple[int, float]], chances: Iterable[float] | None = None) -> list[dict[str, Any]]:
+        """Item rows with their scores, and how probable each is, as the places of a list, ready for JSON."""
+        told: list[dict[str, Any]] = [
+            {"rank": rank, "item_id": self.item_id(row), "title": self.title(row), "score": score}
+            for rank, (row, score) in enumerate(found, 1)
+            if row != PADDING
+        ]
+        for item, chance in zip(told, chances or (), strict=False):
+            item["probability"] = chance
+        return told
 
     def _rows_of_ids(self, words: Sequence[int | str]) -> list[int | None]:
         return [None if line is None else line + FIRST_ITEM for line in self.names.of_ids([*map(str, words)])]

@@ -41,7 +41,8 @@ class Cluster:
         if not tasks:
             return
         with connected(self.address) as ray:
-            _fresh(tasks[0].work / TRIED)
+            shutil.rmtree(tasks[0].work / TRIED, ignore_errors=True)
+            (tasks[0].work / TRIED).mkdir()
             about = (self.bundle.absolute(), tasks[0].bundle)
             cpus = int(ray.cluster_resources().get("CPU", 0))
             pool = ray.data.ActorPoolStrategy(size=max(1, min(cpus, len(tasks))), max_tasks_in_flight_per_actor=1)
@@ -96,12 +97,6 @@ def _check(task: Task) -> None:
             f"{task.work}: node {platform.node()} of the Ray cluster does not find this night there; "
             "give --out a folder that all nodes see"
         )
-
-
-def _fresh(folder: Path) -> None:
-    """Make a folder empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
 
 def _count(task: Task) -> None:

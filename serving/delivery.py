@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from recsys.errors import DataError, RecsysError, SetupError, StoreError
+from recsys.progress import Count
 from serving import redis_lists
 from serving.nights import Night
 from serving.redis_lists import parameter
@@ -40,7 +40,6 @@ ANEW = 5
 """How often a delivery begins anew because a user was erased meanwhile."""
 COLUMNS = ["user_id", "item_id", "rank", "score"]
 
-Progress = Callable[[int, int], None]
 Delivery = Callable[[Night, str, Callable[[int], None]], dict[str, int]]
 
 
@@ -48,7 +47,7 @@ class _Changed(RecsysError):
     """The night is another than when the delivery began."""
 
 
-def deliver(night: Night, url: str, progress: Progress = lambda done, of: None) -> dict[str, int]:
+def deliver(night: Night, url: str, progress: Count = lambda done, of: None) -> dict[str, int]:
     """Write all lists of a night where the URL says, and then let readers see them in one step.
 
     redis://HOST:PORT/NUMBER?ttl=SECONDS (also rediss, valkey, valkeys): keys that expire, by default after 3 days.
@@ -59,9 +58,13 @@ def deliver(night: Night, url: str, progress: Progress = lambda done, of: None) 
     says no. DataError: the night is no longer there, is too old, or holds what the server cannot.
     """
     delivery = delivery_to(url)
+
+    def told(done: int) -> None:
+        progress(done, night.manifest["users"])
+
     for _ in range(ANEW):
         try:
-            return delivery(night, url, partial(_told, progress, night))
+            return delivery(night, url, told)
         except _Changed:
             night = Night.open(night.path)
     raise DataError(f"{night.path}: users were erased {ANEW} times while the lists were delivered; deliver again")
@@ -73,10 +76,6 @@ def delivery_to(url: str) -> Delivery:
     if kind not in DELIVERIES:
         raise SetupError(f"{hidden(url)}: lists cannot be delivered there; give a URL that begins with {', '.join(DELIVERIES)}")
     return DELIVERIES[kind]
-
-
-def _told(progress: Progress, night: Night, done: int) -> None:
-    progress(done, night.manifest["users"])
 
 
 def _frames(night: Night) -> Iterator[pl.DataFrame]:
@@ -303,7 +302,6 @@ def _role(everybody: bool, name: str) -> Any:
 
 DELIVERIES: dict[str, Delivery] = {
     **dict.fromkeys(REDIS, _to_redis),
-    "postgresql": _to_postgresql,
-    "postgres": _to_postgresql,
+    **dict.fromkeys(("postgresql", "postgres"), _to_postgresql),
 }
 """By how their URL begins."""

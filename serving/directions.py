@@ -6,14 +6,13 @@ B queries · E width · V items
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from serving.index import Scan
+from serving.lists import Array
 from serving.vectors import BLOCK
 
 
@@ -28,7 +27,7 @@ class Directions(Scan):
         """Of the vectors, as they are divided by them."""
         return torch.cat([part.norm(dim=1).clamp(min=1e-12) for part in torch.split(self.vectors_VE, BLOCK)])
 
-    def at(self, lines: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def at(self, lines: Array) -> Array:
         return normalize(torch.from_numpy(super().at(lines)), dim=-1).numpy()
 
     def _scores(self, states_BE: Tensor, vectors_VE: Tensor, lines_V: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,22 +41,13 @@ class Operation:
     answer: type[Struct] | None = None
     asks: type[Struct] | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
-    parameters: tuple[Mapping[str, Any], ...] = ()
+    query: tuple[Mapping[str, Any], ...] = ()
+    """Parameters beside those in the path."""
     others: Mapping[int, str] = field(default_factory=dict)
     """Statuses of its own, beside those of all."""
     open: bool = False
     """Whether it needs no key."""
     content: str = "application/json"
-
-
-def _in_path(name: str, what: str) -> Mapping[str, Any]:
-    return {
-        "name": name,
-        "in": "path",
-        "required": True,
-        "description": what,
-        "schema": {"type": "string", "minLength": 1, "maxLength": 500},
-    }
 
 
 _QUERY = (
@@ -68,6 +60,7 @@ _QUERY = (
     },
 )
 _GONE = {404: "No such item."}
+_LEAVING = {503: "The process is about to leave."}
 _CHANGE = {409: "The bundle comes from a registry, or cannot be changed so."}
 OPERATIONS = (
     Operation(
@@ -127,45 +120,17 @@ OPERATIONS = (
         ({"items": [{"item_id": 1, "in_stock": False}]},),
         others=_CHANGE,
     ),
-    Operation("find_items", "GET", "/v1/items", "Items by a part of their title.", Hits, parameters=_QUERY),
+    Operation("find_items", "GET", "/v1/items", "Items by a part of their title.", Hits, query=_QUERY),
+    Operation("item", "GET", "/v1/items/{item_id}", "One item.", Item, others=_GONE),
     Operation(
-        "item",
-        "GET",
-        "/v1/items/{item_id}",
-        "One item.",
-        Item,
-        parameters=(_in_path("item_id", "Id of the item."),),
-        others=_GONE,
-    ),
-    Operation(
-        "remove_item",
-        "DELETE",
-        "/v1/items/{item_id}",
-        "Take an item out of all lists.",
-        ItemsAnswer,
-        parameters=(_in_path("item_id", "Id of the item."),),
-        others=_CHANGE | _GONE,
+        "remove_item", "DELETE", "/v1/items/{item_id}", "Take an item out of all lists.", ItemsAnswer, others=_CHANGE | _GONE
     ),
     Operation("filters", "GET", "/v1/filters", "What requests may filter by.", Filters),
-    Operation(
-        "user",
-        "GET",
-        "/v1/users/{user_id}",
-        "What is kept of a user.",
-        User,
-        parameters=(_in_path("user_id", "Id of the user."),),
-    ),
-    Operation(
-        "erase",
-        "DELETE",
-        "/v1/users/{user_id}",
-        "Erase all that is kept of a user.",
-        Erased,
-        parameters=(_in_path("user_id", "Id of the user."),),
-    ),
+    Operation("user", "GET", "/v1/users/{user_id}", "What is kept of a user.", User),
+    Operation("erase", "DELETE", "/v1/users/{user_id}", "Erase all that is kept of a user.", Erased),
     Operation("bundle", "GET", "/v1/bundle", "The loaded bundles.", Bundles),
     Operation("health", "GET", "/health", "The process is alive.", Health, open=True),
-    Operation("ready", "GET", "/ready", "Whether the process takes requests.", Ready, open=True),
+    Operation("ready", "GET", "/ready", "Whether the process takes requests.", Ready, others=_LEAVING, open=True),
     Operation("metrics", "GET", "/metrics", "Figures for Prometheus.", open=True, content="text/plain"),
 )
 
@@ -194,11 +159,10 @@ _RETRY = {"retry-after": {"description": "Seconds after which to ask again.", "s
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    kept = operation.answer is not None
     schema: dict[str, Any] = _ref(operation.answer) if operation.answer is not None else {"type": "string"}
     content = {operation.content: {"schema": schema}}
     responses: dict[str, Any] = {"200": {"description": operation.does, "headers": _REQUEST_ID, "content": content}}
-    others = {**operation.others}
+    others = {**operation.others, 500: "A mistake of the server's own."}
     if not operation.open:
         others |= {
             400: "The body is not what its length said.",
@@ -210,27 +174,25 @@ def _described(operation: Operation) -> dict[str, Any]:
             429: "Too many requests.",
             503: "Too much to do, or a store or a file that does not answer or cannot be written.",
         }
-    if operation.name == "ready":
-        others[503] = "The process is about to leave."
-    others[500] = "A mistake of the server's own."
     for status, meaning in sorted(others.items()):
         headers = _REQUEST_ID | (_RETRY if status in (429, 503) else {})
-        problem = _ref(operation.answer if operation.name == "ready" and status == 503 and kept else Problem)
-        responses[str(status)] = {
-            "description": meaning,
-            "headers": headers,
-            "content": {"application/json": {"schema": problem}},
-        }
+        problem = {"application/json": {"schema": _ref(Ready if operation.name == "ready" and status == 503 else Problem)}}
+        responses[str(status)] = {"description": meaning, "headers": headers, "content": problem}
     said: dict[str, Any] = {"operationId": operation.name, "summary": operation.does, "responses": responses}
     if operation.asks is not None:
         examples = {f"example {number}": {"value": value} for number, value in enumerate(operation.examples, 1)}
         body = {"application/json": {"schema": _ref(operation.asks), "examples": examples}}
         said["requestBody"] = {"required": True, "content": body}
-    if operation.parameters:
-        said["parameters"] = list(operation.parameters)
+    if parameters := [*map(_in_path, re.findall(r"\{(\w+)_id\}", operation.path)), *operation.query]:
+        said["parameters"] = parameters
     if not operation.open:
         said["security"] = [{}, {"key": []}, {"header": []}]
     return said
+
+
+def _in_path(what: str) -> Mapping[str, Any]:
+    schema = {"type": "string", "minLength": 1, "maxLength": 500}
+    return {"name": f"{what}_id", "in": "path", "required": True, "description": f"Id of the {what}.", "schema": schema}
 
 
 def _ref(kind: Any) -> dict[str, Any]:

@@ -1,17 +1,12 @@
 """Recommendations from a run or a bundle: history → state → candidates → filters → exact scores → ranker → list.
 
 Parity: a history's list is the same alone, in any batch, online and at night, bit for bit. Four things make it so.
-*Encoding*: the kernels of torch and of ONNX Runtime give a history the same state in any company, and behind what was kept of
-it, if it is padded to a length that depends on it alone and is a multiple of 16; padded to the longest of its batch, two of
-three states change in the last bits (1e-6), and with them the order of close items. Measured in float32 with widths of 24 to
-512, batches of 1 to 32, 1 and 2 threads, on AVX-512; a test holds it. It costs 2 % of the speed for histories of 200 events and
-20 % for those of 50.
-*Search* and *scores*: serving/retrieval.py says how.
+*Encoding*: serving/states.py says how; *search* and *scores*: serving/retrieval.py.
 *Ranking*: candidates and looked-at events are padded to multiples of 16 as well, whatever the history, and sums over a width
 that end in one number are no matrix products.
 A bundle is read by its graphs on the CPU, and by torch on a GPU or where a history may leave the model early.
 
-B histories · T positions · E width · V items · N candidates · C given items · k places of a list
+B histories · E width · V items · N candidates · C given items · k places of a list
 """
 
 from __future__ import annotations
@@ -20,10 +15,10 @@ import copy
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from recsys.batch import FIRST_ITEM, PADDING, UNKNOWN, Batch
-from recsys.bundle import MANIFEST, Directory, open_directory
-from recsys.config import Settings
+from recsys.bundle import MANIFEST, Directory, model_of, open_directory
 from recsys.content import ENCODER, ContentEncoder
 from recsys.errors import BundleError, RequestError, SetupError
 from recsys.model import model_from
@@ -42,40 +36,23 @@ from serving.catalogue import ITEMS, Catalogue, Find
 from serving.directions import Directions
 from serving.filters import allowed_lines, until
 from serving.index import INDEX, Index, IndexSettings, Scan, Searcher
-from serving.lists import Lists, ordered
+from serving.lists import Array, Lists, ordered
 from serving.popularity import Popularity
 from serving.ranking import ServingSettings, candidates, chosen_blocks, listed, of_rows, rank
-from serving.reader import MODEL_GRAPH, POSITIONS, GraphRanker, GraphReader, Seen, asked_at, ranker_file
+from serving.reader import MODEL_GRAPH, GraphRanker, GraphReader, ranker_file
 from serving.retrieval import QUERIES, find, find_one, products, taken
+from serving.states import DepthSettings, leave_of, read_by_graph, read_by_torch, seen_of
 from serving.vectors import LONGEST, VECTORS, item_vectors, read_vectors
-
-Array = np.ndarray[Any, Any]
-TOKENS = 2048
-"""Padded events encoded at once: what stays in a core's cache; 16,384 are 2 to 30 % slower."""
-
-
-@dataclass(frozen=True)
-class DepthSettings(Settings):
-    """What a state may cost."""
-
-    section: ClassVar[str] = "depth"
-
-    blocks: float = 0.0
-    """Blocks that a history may go through on average, as measured on validation; needs model.early_exit; 0: all."""
-
-    def __post_init__(self) -> None:
-        if self.blocks and not self.blocks >= 1:
-            raise ValueError(f"blocks must be at least 1, or 0 for all, found {self.blocks}")
 
 
 class Recommender:
     """A loaded run or bundle; safe to share between threads."""
 
-    def __init__(self, directory: Directory, device: str = "cpu", *, exact: bool = False, threads: int | None = None) -> None:
+    def __init__(self, directory: Directory, device: str = "cpu", *, threads: int | None = None) -> None:
         self.manifest, self.path = directory.manifest, directory.path
         self.catalogue = Catalogue(directory.path / ITEMS)
         self.model = model_from(directory, device).eval().requires_grad_(False)
-        self.leave = _leave(self.manifest, DepthSettings(**self.manifest["recipe"].get(DepthSettings.section, {})))
+        self.leave = leave_of(self.manifest, DepthSettings(**self.manifest["recipe"].get(DepthSettings.section, {})))
         bundle = self.manifest["kind"] == "bundle"
         vectors_VE = read_vectors(directory.path).to(device) if VECTORS in self.manifest["files"] else item_vectors(self.model)
         if len(vectors_VE) != self.model.lines:
@@ -92,7 +69,7 @@ class Recommender:
         )
         self._listed_by = Known(vectors_VE.cpu(), self.known.logs_V.cpu(), self.model.items)  # what is found is on the CPU
         self.serving = ServingSettings(**self.manifest["recipe"].get(ServingSettings.section, {}))
-        self.ranker_blocks = chosen_blocks(self.serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
+        self.ranker_blocks = chosen_blocks(self.serving, self.ranker, self.manifest)
         self.calibration = Calibration.read(self.manifest.get("calibration"))
         self.reader: GraphReader | None = None
         self._graph_rankers: dict[int, GraphRanker] = {}
@@ -108,26 +85,25 @@ class Recommender:
             live_V &= self.model.known_V.cpu()
         self.live_V = None if bool(live_V.all()) else live_V
         self.searcher: Searcher = self.scan
-        if bundle and not exact:
+        if bundle:
             settings = IndexSettings(**self.manifest["recipe"][IndexSettings.section])
             kind, (items, width) = self.manifest["index"]["kind"], vectors_VE.shape
             self.searcher = Index.load(directory.path / INDEX, kind, settings, (items, width), threads, mapped=True)
 
     @classmethod
-    def load(
-        cls, path: Path, verify: bool = True, device: str = "cpu", *, exact: bool = False, threads: int | None = None
-    ) -> Recommender:
-        """Load a run, a model directory or a bundle; with `exact`, a bundle's index stays unused.
+    def load(cls, path: Path, verify: bool = True, device: str = "cpu", *, threads: int | None = None) -> Recommender:
+        """Load a run, a model directory or a bundle.
 
         `threads` is how many FAISS takes for a search (default: its own). Raises BundleError: not whole, altered, or of
         another format.
         """
-        path = path / "model" if (path / "model" / MANIFEST).is_file() else path
-        directory = open_directory(path, verify)
+        directory = open_directory(model_of(path), verify)
         kind = directory.manifest.get("kind")
         if kind not in ("model", "bundle"):
-            raise BundleError(f"{path / MANIFEST}: holds neither a model nor a bundle but {kind!r}; give a run or a bundle")
-        return cls(directory, device, exact=exact, threads=threads)
+            raise BundleError(
+                f"{directory.path / MANIFEST}: holds neither a model nor a bundle but {kind!r}; give a run or a bundle"
+            )
+        return cls(directory, device, threads=threads)
 
     def complete(self) -> Recommender:
         """Itself, with all read from its files that is else read when it is first asked for: they may be replaced now."""
@@ -147,29 +123,25 @@ class Recommender:
 
     def with_exact_search(self) -> Recommender:
         """The same without its index."""
-        other = copy.copy(self)
-        other.searcher = self.scan
-        return other
+        return self._altered(searcher=self.scan)
 
     def with_ranker(self, blocks: int) -> Recommender:
         """The same with so many blocks of its ranker; with 0, lists are in the order of retrieval."""
-        other = copy.copy(self)
-        other.ranker_blocks = blocks
-        return other
+        return self._altered(ranker_blocks=blocks)
 
     def in_plain_order(self) -> Recommender:
         """The same without diversity and without less popularity."""
-        other = copy.copy(self)
-        other.serving = replace(self.serving, diversity=0.0, popularity=0.0)
-        return other
+        return self._altered(serving=replace(self.serving, diversity=0.0, popularity=0.0))
 
     def with_profile(self, serving: ServingSettings, depth: DepthSettings, index: IndexSettings) -> Recommender:
         """The same at another cost; of the index, only how much it searches. Raises SetupError: as depth.blocks."""
+        blocks = chosen_blocks(serving, self.ranker, self.manifest)
+        searcher = self.searcher.searching(index) if isinstance(self.searcher, Index) else self.searcher
+        return self._altered(serving=serving, leave=leave_of(self.manifest, depth), ranker_blocks=blocks, searcher=searcher)
+
+    def _altered(self, **attributes: Any) -> Recommender:
         other = copy.copy(self)
-        other.serving, other.leave = serving, _leave(self.manifest, depth)
-        other.ranker_blocks = chosen_blocks(serving, self.ranker, self.manifest.get("ranker", {}).get("curve", []))
-        if isinstance(self.searcher, Index):
-            other.searcher = self.searcher.searching(index)
+        vars(other).update(attributes)
         return other
 
     @property
@@ -229,13 +201,12 @@ class Recommender:
         """
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
-        asks = diversity is not None or popularity is not None
-        serving = self.serving.asked(diversity, popularity) if asks else self.serving
+        serving = self.serving.asked(diversity, popularity)
         if probabilities and self.calibration is None:
             raise RequestError("scores of this bundle are not calibrated; export it with --dataset, or ask for scores alone")
         clock = Clock(took)
         histories, now = self._as_of(histories, now)
-        allowed_V = self._allowed(deny, allow, where)
+        allowed_V = self.allowed(deny, allow, where)
         popular_B = ~self._known(histories)
         named = candidates(serving, self.ranker, self.ranker_blocks, k, beside=probabilities)
         states_BE, look = self._read(histories, now)
@@ -269,7 +240,7 @@ class Recommender:
         return Lists(rows_BK, scores_BK, torch.from_numpy(popular_B), chances_BK, look is not None)
 
     def _one(
-        self, values: Array, times: Array, now: int | None, k: int, filter_seen: bool, allowed_V: Tensor | None, clock: Clock
+        self, history: Batch, now: int | None, k: int, filter_seen: bool, allowed_V: Tensor | None, clock: Clock
     ) -> tuple[Array, Array] | None:
         """Rows and scores that `recommend` has for one history in the order of scores, with less ado.
 
@@ -278,15 +249,16 @@ class Recommender:
         serving, reader = self.serving, self.reader
         if reader is None or self.leave or serving.diversity or serving.popularity or (now is None and self.reads_now):
             return None
+        values, times = history.values.numpy(), history.times.numpy()
         if now is not None and len(times) and times[-1] > now:
             there = times <= now
             values, times = values[there], times[there]
         last = values[-self.model.readable_events :]
         if not self.reads(last).any():
             return None
-        span = self._span
         at_1 = None if now is None else np.array([now])
-        placed_1E, look = reader.read_one(self._seen(values, times, np.array([0]), np.array([len(values)]), at_1), span)
+        seen = seen_of(self.model, values, times, np.array([0]), np.array([len(values)]), at_1)
+        placed_1E, look = reader.read_one(seen, self._span)
         clock.lap("encode")
         hidden = values - FIRST_ITEM if filter_seen else values[:0]
         named = candidates(serving, self.ranker, self.ranker_blocks, k)
@@ -323,7 +295,7 @@ class Recommender:
             raise RequestError(f"k is {k}; ask for at least 1 item")
         if not 0 <= line < self.lines or not self.reads(np.array([row]))[0]:
             raise RequestError(f"the model knows nothing of item {self.catalogue.item_id(row)!r}, so nothing is like it")
-        allowed_V = self._allowed([*deny, row], allow, where)
+        allowed_V = self.allowed([*deny, row], allow, where)
         ways = self.directions
         own_1E = torch.from_numpy(ways.at(np.array([line]))).to(ways.vectors_VE.device)
         rows_1K, cosines_1K = find(ways, ways, own_1E, k, None, allowed_V)
@@ -359,7 +331,7 @@ class Recommender:
             scores_BC[line] = torch.from_numpy(products(state_E, vectors_CE))
         if look is not None:
             columns = zip(torch.split(rows_BC, 1, 1), torch.split(scores_BC, 1, 1), strict=True)
-            beside = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
+            beside = self._named(states_BE, histories)
             placed = [_placed(*beside, *column) for column in columns]
             scores_BC = torch.cat([self._rank(rows, scores, look).gather(1, place) for rows, scores, place in placed], 1)
         return scores_BC.masked_fill(~some_BC, -torch.inf).cpu()
@@ -375,9 +347,8 @@ class Recommender:
         if look is None or self.ranker is None:
             return None
         row_11 = torch.tensor([[row]])
-        beside = find(self.searcher, self.scan, states_1E, self._named, history, self.live_V)
         score_11 = torch.from_numpy(products(states_1E[0].cpu().numpy(), self.scan.vectors[row - FIRST_ITEM][None]))[None]
-        rows_1N, scores_1N, place_11 = _placed(*beside, row_11, score_11)
+        rows_1N, scores_1N, place_11 = _placed(*self._named(states_1E, history), row_11, score_11)
         kept: list[Tensor] = []
         device = states_1E.device
         look = look.to(device)
@@ -386,10 +357,10 @@ class Recommender:
         events = len(self.model.readable(history).values)
         return pad(shares_S[:events].flip(0), (max(0, events - len(shares_S)), 0))
 
-    @property
-    def _named(self) -> int:
-        """Candidates of a request whose list is short."""
-        return candidates(self.serving, self.ranker, self.ranker_blocks, 1, beside=True)
+    def _named(self, states_BE: Tensor, histories: Batch) -> tuple[Tensor, Tensor]:
+        """Rows and scores of the candidates of a request whose list is short."""
+        named = candidates(self.serving, self.ranker, self.ranker_blocks, 1, beside=True)
+        return find(self.searcher, self.scan, states_BE, named, histories, self.live_V)
 
     @torch.inference_mode()
     def candidates(self, histories: Batch, now: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -399,7 +370,7 @@ class Recommender:
         """
         histories, now = self._as_of(histories, now)
         states_BE, look = self._read(histories, now)
-        rows_BN, scores_BN = find(self.searcher, self.scan, states_BE, self._named, histories, self.live_V)
+        rows_BN, scores_BN = self._named(states_BE, histories)
         return rows_BN, self._rank(rows_BN, scores_BN, look)
 
     def _rank(self, rows_BN: Tensor, scores_BN: Tensor, look: Look | None) -> Tensor:
@@ -411,7 +382,7 @@ class Recommender:
         for start in range(0, len(rows_BN), QUERIES):
             stop = min(start + QUERIES, len(rows_BN))
             part = rows_BN[start:stop], scores_BN[start:stop]
-            own = look.part(start, stop)
+            own = look.take(slice(start, stop))
             if graph is None:
                 rows, scores = (tensor.to(device) for tensor in part)
                 out.append(rank(self.ranker, self.ranker_blocks, self.known, rows, scores, own.to(device)).cpu())
@@ -426,66 +397,9 @@ class Recommender:
 
     def _read(self, histories: Batch, now: Tensor | None) -> tuple[Tensor, Look | None]:
         """The states, and what a ranker looks at; None where none is served."""
-        span = self._span
-        if self.reader is not None and not self.leave:
-            return self._read_by_graph(self.reader, histories, now, span)
-        read = self.model.readable(histories)
-        places_B = read.lengths + (self.model.settings.objective == "masked")
-        padded_B = (places_B + POSITIONS - 1) // POSITIONS * POSITIONS * (read.lengths > 0)
-        out_BE = self.scan.vectors_VE.new_zeros(len(read), self.scan.vectors_VE.shape[1])
-        look = Look.empty(out_BE, span) if span else None
-        for positions in sorted(set(padded_B.tolist()) - {0}):
-            for chunk in torch.split((padded_B == positions).nonzero().flatten(), max(1, TOKENS // positions)):
-                asked = None if now is None else now[chunk]
-                x_BTE, view = self.model.read(taken(read, chunk), asked, positions=positions, leave=self.leave)
-                lines_B, last_B = torch.arange(len(chunk), device=chunk.device), view.lengths_B - 1
-                out_BE[chunk] = self.model.place(x_BTE[lines_B, last_B])
-                if look is not None:
-                    look.put(chunk, Look.at(x_BTE, view, lines_B, last_B, span))
-        return out_BE, look
-
-    def _read_by_graph(
-        self, reader: GraphReader, histories: Batch, now: Tensor | None, span: int
-    ) -> tuple[Tensor, Look | None]:
-        values, times, offsets = histories.values.numpy(), histories.times.numpy(), histories.offsets.numpy()
-        at_B = None if now is None else now.numpy()
-        if len(histories) == 1 and len(values):
-            placed_1E, look = reader.read_one(self._seen(values, times, offsets[:1], offsets[1:], at_B), span)
-            return torch.from_numpy(placed_1E), look
-        out_BE = torch.zeros(len(histories), self.model.settings.embedding_size)
-        looks = Look.empty(out_BE, span) if span else None
-        padded_B = self._padded(np.diff(offsets))
-        for positions in np.unique(padded_B[padded_B > 0]).tolist():
-            places, at_once = np.flatnonzero(padded_B == positions), max(1, TOKENS // positions)
-            for start in range(0, len(places), at_once):
-                chunk = places[start : start + at_once]
-                seen = self._seen(values, times, offsets[chunk], offsets[chunk + 1], None if at_B is None else at_B[chunk])
-                placed_BE, look = reader.read(seen, span)
-                lines_B = torch.from_numpy(chunk)
-                out_BE[lines_B] = torch.from_numpy(placed_BE)
-                if looks is not None and look is not None:
-                    looks.put(lines_B, look)
-        return out_BE, looks
-
-    def _padded(self, events_B: Array) -> Array:
-        """Positions of histories; 0 of an empty one."""
-        places_B = np.minimum(events_B, self.model.readable_events) + (self.model.settings.objective == "masked")
-        padded_B: Array = -(-places_B // POSITIONS) * POSITIONS
-        return np.where(events_B > 0, padded_B, 0)
-
-    def _seen(self, values: Array, times: Array, begins_B: Array, ends_B: Array, now_B: Array | None) -> Seen:
-        """The last events of histories [begin, end) of one padded length; behind them the mask, if the model has one."""
-        masked, most = self.model.settings.objective == "masked", self.model.readable_events
-        lengths_B = np.minimum(ends_B - begins_B, most)
-        at_T = np.arange(self._padded(lengths_B[:1])[0])
-        at_BT, some_BT = (ends_B - lengths_B)[:, None] + at_T, at_T < lengths_B[:, None]
-        rows_BT, times_BT = (np.where(some_BT, part.take(at_BT, mode="clip"), 0) for part in (values, times))
-        now_B = times[ends_B - 1] if now_B is None else now_B
-        if masked:
-            lines_B = np.arange(len(ends_B))
-            rows_BT[lines_B, lengths_B], times_BT[lines_B, lengths_B] = UNKNOWN, now_B
-            lengths_B = lengths_B + 1
-        return Seen(rows_BT, times_BT, asked_at(self.model, times_BT, lengths_B, now_B), lengths_B)
+        if self.reader is None or self.leave:
+            return read_by_torch(self.model, histories, now, self._span, self.leave)
+        return read_by_graph(self.model, self.reader, histories, now, self._span)
 
     def answer(
         self,
@@ -516,32 +430,22 @@ class Recommender:
         if k < 1:
             raise RequestError(f"k is {k}; ask for at least 1 item")
         unknown: list[int | str] = []
-        rows = partial(self.catalogue.rows, unknown=unknown if ignore_unknown else None)
-        values, at, now = self._asked(rows(history, find or self.catalogue.by_either), times, now)
-        denied = [row for row in rows(deny, self.catalogue.by_id) if row is not None] if deny else []
-        allowed = None if allow is None else [row for row in rows(allow, self.catalogue.by_id) if row is not None]
+        catalogue, ignored = self.catalogue, unknown if ignore_unknown else None
+        batch, now = self.request(catalogue.rows(history, find or catalogue.by_either, ignored), times, now)
+        denied, allowed = catalogue.denied_and_allowed(deny, allow, ignored)
         made = None
         if not (probabilities or diversity or popularity):
-            made = self._one(values, at, now, k, filter_seen, self._allowed(denied, allowed, where), Clock(took))
-        if made is not None:
-            source = "ranked" if self._span else "retrieved"
-            return {"bundle": self.id, "source": source, "unknown": unknown, "items": self._named_items(*made)}
-        batch = Batch(torch.from_numpy(values), torch.tensor([0, len(values)]), torch.from_numpy(at))
-        lists = self.recommend(batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities, took)
-        items = self._named_items(lists.rows[0].numpy(), lists.scores[0].numpy())
-        if lists.probabilities is not None and not bool(lists.popular[0]):
-            for item, chance in zip(items, lists.probabilities[0].tolist(), strict=False):
-                item["probability"] = chance
-        return {"bundle": self.id, "source": lists.sources[0], "unknown": unknown, "items": items}
-
-    def _named_items(self, rows_K: Array, scores_K: Array) -> list[dict[str, Any]]:
-        """The places of a list."""
-        catalogue = self.catalogue
-        return [
-            {"rank": rank, "item_id": catalogue.item_id(row), "title": catalogue.title(row), "score": score}
-            for rank, (row, score) in enumerate(zip(rows_K.tolist(), scores_K.tolist(), strict=True), 1)
-            if row != PADDING
-        ]
+            made = self._one(batch, now, k, filter_seen, self.allowed(denied, allowed, where), Clock(took))
+        source, chances = "ranked" if self._span else "retrieved", None
+        if made is None:
+            lists = self.recommend(
+                batch, k, now, filter_seen, denied, allowed, where, diversity, popularity, probabilities, took
+            )
+            if lists.probabilities is not None and not bool(lists.popular[0]):
+                chances = lists.probabilities[0].tolist()
+            source, made = lists.sources[0], (lists.rows[0].numpy(), lists.scores[0].numpy())
+        items = catalogue.places(zip(made[0].tolist(), made[1].tolist(), strict=True), chances)
+        return {"bundle": self.id, "source": source, "unknown": unknown, "items": items}
 
     def request(
         self, rows: Sequence[int | None], times: Sequence[int] | None = None, now: int | None = None
@@ -550,13 +454,6 @@ class Recommender:
 
         Raises RequestError: not one time an event, times that descend, none where the model reads them, or `now` without.
         """
-        values, at, now = self._asked(rows, times, now)
-        return Batch(torch.from_numpy(values), torch.tensor([0, len(values)]), torch.from_numpy(at)), now
-
-    def _asked(
-        self, rows: Sequence[int | None], times: Sequence[int] | None, now: int | None
-    ) -> tuple[Array, Array, int | None]:
-        """`request` as arrays."""
         if times is not None and len(times) != len(rows):
             raise RequestError(f"{len(times)} times for {len(rows)} events; give one for each, or none")
         if now is not None and times is None:
@@ -570,7 +467,8 @@ class Recommender:
             rows, times = [rows[place] for place in kept], None if times is None else [times[place] for place in kept]
         values = np.array(rows, np.int64)
         at = np.zeros_like(values) if times is None else np.array(times, np.int64)
-        return values, at, int(time.time()) if now is None and self.reads_now else now
+        batch = Batch(torch.from_numpy(values), torch.tensor([0, len(values)]), torch.from_numpy(at))
+        return batch, int(time.time()) if now is None and self.reads_now else now
 
     def _as_of(self, histories: Batch, now: int | Tensor | None) -> tuple[Batch, Tensor | None]:
         """The histories without events later than `now`, and `now` of each."""
@@ -583,7 +481,7 @@ class Recommender:
             raise RequestError("the model reads when it is asked; give now, in seconds since 1970")
         return histories, None
 
-    def _allowed(self, deny: Collection[int], allow: Iterable[int] | None, where: Mapping[str, Any] | None) -> Tensor | None:
+    def allowed(self, deny: Collection[int], allow: Iterable[int] | None, where: Mapping[str, Any] | None) -> Tensor | None:
         """Which items a request may have, shape V; None: all."""
         if not deny and allow is None and not where:
             return self.live_V
@@ -625,18 +523,3 @@ def _placed(rows_BN: Tensor, scores_BN: Tensor, row_B1: Tensor, score_B1: Tensor
     hit_BN = rows_BN == row_B1
     place_B1 = torch.where(hit_BN.any(1), hit_BN.byte().argmax(1), hit_BN.shape[1] - 1)[:, None]
     return rows_BN.scatter(1, place_B1, row_B1), scores_BN.scatter(1, place_B1, score_B1), place_B1
-
-
-def _leave(manifest: Mapping[str, Any], settings: DepthSettings) -> list[float]:
-    """When histories leave the model early, so that they cost at most depth.blocks on average: the best measured way.
-
-    Raises SetupError: the model was not trained for it.
-    """
-    if not settings.blocks:
-        return []
-    curve = [line for line in manifest.get("depth_curve", ()) if line["blocks"] <= settings.blocks]
-    if not curve:
-        raise SetupError(
-            "depth.blocks is set, and the model has no measured exits; train with model.early_exit=true and a validation split"
-        )
-    return list(max(curve, key=lambda line: float(line["blocks"]))["leave"])

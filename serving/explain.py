@@ -34,6 +34,7 @@ from serving.lists import Lists
 
 if TYPE_CHECKING:
     import polars as pl
+    from matplotlib.figure import Figure
 
 GROUPS = 32
 """Groups of events that are left out together."""
@@ -96,6 +97,8 @@ class Explanation:
         said += f"together, that of summed attention with the truth is {_both(*summed)}, of summed drops {_both(*drops)}"
         if drops[0] is not None and drops[0] < TRUSTED:
             said += ", so that drops do not add up here"
+        if len(self.events) < FEWEST:
+            said += f"; what is unknown takes a history of {FEWEST} events"
         if bundle:
             return f"{said}."
         return f"{said}; other histories were not measured: `recsys export --dataset` does it for a bundle."
@@ -295,7 +298,9 @@ def _without(read: Batch, out_GT: Tensor) -> Batch:
 
 
 def spearman(one: Tensor, other: Tensor) -> float | None:
-    """Rank correlation, equal values at their mean rank; None where all values of either are equal, or there are none."""
+    """Rank correlation, equal values at their mean rank; None of fewer than three, or where all of either are equal."""
+    if len(one) < 3:
+        return None
     ranks = torch.stack([(values[:, None] > values).sum(1) - (values[:, None] < values).sum(1) for values in (one, other)])
     ranks = ranks.double()  # twice their distance from the mean rank
     size = ranks.square().sum(1).prod().sqrt()
@@ -393,6 +398,11 @@ def draw(found: Explanation, path: Path) -> None:
     bar.ax.tick_params(labelsize=7)
     figure.supxlabel(found.verdict.partition(";")[0], fontsize=8)
     figure.suptitle(f"{_cut(found.item['title'], 80)}: score {found.item['score']:.4g}", fontsize=11, parse_math=False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG. Raises RequestError: it cannot be."""
     try:
         figure.savefig(path, dpi=110, format="png")
     except OSError as error:

@@ -14,23 +14,26 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset
-from recsys import __version__
-from recsys.batch import FIRST_ITEM, Batch, gather
-from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish
+from recsys.batch import FIRST_ITEM, Batch, spread
+from recsys.bundle import Directory, Writer, model_of, open_directory, publish, told
 from recsys.content import CONTENT, ENCODER
 from recsys.errors import BundleError
 from recsys.model import WEIGHTS
 from recsys.ranker import COMPANIONS, RANKER
+from recsys.version import __version__
 from serving import golden
 from serving.calibration import MOST, Calibration
 from serving.catalogue import ITEMS
-from serving.engine import Clock, DepthSettings, Recommender
+from serving.engine import Clock, Recommender
 from serving.explain import faithfulness
 from serving.index import INDEX, Index, IndexSettings, Scan
 from serving.names import NAMES
+from serving.pyfunc import MLMODEL, write_mlmodel
 from serving.ranking import ServingSettings
 from serving.reader import graphs
+from serving.retrieval import QUERIES as TOGETHER
 from serving.retrieval import find
+from serving.states import DepthSettings
 from serving.vectors import LONGEST, VECTORS, is_table, write_vectors
 
 QUERIES = 512
@@ -42,8 +45,6 @@ COPIED = (CONTENT, ENCODER, RANKER, COMPANIONS)
 """Files of a run that its bundle has too, where the run has them."""
 DEPTH = 100
 """Items of a query that are compared with exact search."""
-TOGETHER = 2**16
-"""Items that all queries are multiplied with at once."""
 
 
 def export(
@@ -60,7 +61,7 @@ def export(
     by histories alone. The same run and settings give the same bytes but for the manifest's `clock`.
     Raises BundleError: no finished run, or one that was altered.
     """
-    source = run / "model" if (run / "model" / MANIFEST).is_file() else run
+    source = model_of(run)
     model = open_directory(source).manifest
     if model["kind"] != "model":
         raise BundleError(f"{run}: holds a {model['kind']}, not a run; give the directory that `recsys train` wrote")
@@ -75,12 +76,12 @@ def export(
     recommender = Recommender(Directory(source, {**model, "recipe": recipe}))
     vectors_VE = recommender.scan.vectors_VE.detach()
     clock.lap("read")
-    index = Index.build(vectors_VE, settings)
+    index = recommender.searcher = Index.build(vectors_VE, settings)  # what is measured is what requests will find
     clock.lap("index")
     measured, query_ms = measure_bundle(recommender, index, dataset)
     clock.lap("measure")
     manifest = {
-        **{key: value for key, value in model.items() if key not in ("format", "files", "hash", "id")},
+        **told(model),
         "kind": "bundle",
         "version": __version__,
         "run": model["id"],
@@ -99,6 +100,7 @@ def export(
         ITEMS: partial(shutil.copyfile, source / ITEMS),
         NAMES: recommender.catalogue.names.save,
         INDEX: index.write,
+        MLMODEL: partial(write_mlmodel, isinstance(recommender.catalogue.item_id(FIRST_ITEM), int)),
     }
     if not is_table(vectors_VE, recommender.model):
         writers[VECTORS] = partial(write_vectors, vectors_VE)
@@ -115,36 +117,25 @@ def measure_bundle(recommender: Recommender, index: Index, dataset: Dataset | No
     """
     queries_BE, queries = _queries(recommender, dataset)
     found, query_ms = measure_index(index, recommender.scan.vectors_VE, queries_BE)
-    explained = _explained(recommender, dataset)
     said = {"index": {"kind": index.kind, **found, "queries": queries}, **calibrated(recommender, dataset)}
-    return said if explained is None else said | {"faithfulness": explained}, query_ms
+    if dataset is not None:
+        histories, now_B = _histories(recommender, dataset, HISTORIES)
+        said["faithfulness"] = faithfulness(recommender, histories, now_B, torch.Generator().manual_seed(0))
+    return said, query_ms
 
 
 def measure_index(index: Index, vectors_VE: Tensor, queries_BE: Tensor) -> tuple[dict[str, float], float]:
     """Recall@100 of what requests find against exact search, and the median milliseconds of one query on one thread."""
-    depth, found = min(DEPTH, len(vectors_VE)), 0
+    depth, found, times = min(DEPTH, len(vectors_VE)), 0, []
     scan, before, index.threads = Scan(vectors_VE), index.threads, 1
-    times = []
-    for query_1E, exact_N in zip(torch.split(queries_BE, 1), nearest(vectors_VE, queries_BE, depth), strict=True):
+    exact_BN = torch.cat([scan.search(some_BE, depth)[0] for some_BE in torch.split(queries_BE, TOGETHER)])
+    for query_1E, exact_N in zip(torch.split(queries_BE, 1), exact_BN, strict=True):
         started = time.perf_counter()
         rows_1N, _ = find(index, scan, query_1E, depth)
         times.append(time.perf_counter() - started)
         found += int(torch.isin(exact_N, rows_1N - FIRST_ITEM).sum())
     index.threads = before
     return {f"recall@{DEPTH}": round(found / (depth * len(queries_BE)), 6)}, 1000 * statistics.median(times)
-
-
-def nearest(vectors_VE: Tensor, queries_BE: Tensor, n: int) -> Tensor:
-    """Lines of the n items with the largest inner product with each query, by products in blocks; shape B × n."""
-    lines_BN = torch.zeros(len(queries_BE), 0, dtype=torch.int64)
-    scores_BN = torch.zeros(len(queries_BE), 0)
-    for start in range(0, len(vectors_VE), TOGETHER):
-        scores_BC = torch.cat([scores_BN, queries_BE @ vectors_VE[start : start + TOGETHER].T], 1)
-        scores_BN, places_BN = scores_BC.topk(min(n, scores_BC.shape[1]), dim=1)
-        held = lines_BN.shape[1]
-        old_BN = torch.cat([lines_BN, lines_BN.new_zeros(len(lines_BN), 1)], 1).gather(1, places_BN.clamp(max=held))
-        lines_BN = torch.where(places_BN < held, old_BN, places_BN - held + start)
-    return lines_BN
 
 
 def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor, str]:
@@ -156,22 +147,14 @@ def _queries(recommender: Recommender, dataset: Dataset | None) -> tuple[Tensor,
     return noisy(recommender.scan.vectors_VE), NOISY
 
 
-def _explained(recommender: Recommender, dataset: Dataset | None) -> dict[str, float | int | None] | None:
-    """How true explanations are of histories of the data set; None without one."""
-    if dataset is None:
-        return None
-    return faithfulness(recommender, *_histories(recommender, dataset, HISTORIES), torch.Generator().manual_seed(0))
-
-
 def calibrated(recommender: Recommender, dataset: Dataset | None) -> dict[str, Any]:
     """`calibration` for a manifest, fitted on the validation split; nothing without one."""
     if dataset is None:
         return {}
     sequences = recommender.catalogue.align(dataset)
-    begins_U, ends_U, targets_U = sequences.windows("validation")
-    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    users_U, (_, ends_U, _) = sequences.judged("validation"), sequences.windows("validation")
     users_B = users_U[spread(len(users_U), MOST)]
-    histories = gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B])
+    histories = sequences.histories("validation", users_B)
     rows_BN, scores_BN = recommender.candidates(histories, sequences.times[ends_U[users_B]] if len(users_B) else None)
     fitted = Calibration.fit(rows_BN, scores_BN, sequences.items[ends_U[users_B]].long())
     return {} if fitted is None else {"calibration": fitted.as_dict()}
@@ -184,7 +167,7 @@ def _histories(recommender: Recommender, dataset: Dataset, count: int) -> tuple[
     users_U = (ends_U > begins_U).nonzero().flatten()
     users_B = users_U[spread(len(users_U), count)]
     next_B = torch.where(targets_U > ends_U, ends_U, ends_U - 1)[users_B]
-    return gather(sequences.items, sequences.times, begins_U[users_B], ends_U[users_B]), sequences.times[next_B]
+    return sequences.histories("test", users_B), sequences.times[next_B]
 
 
 def noisy(vectors_VE: Tensor) -> Tensor:
@@ -193,9 +176,3 @@ def noisy(vectors_VE: Tensor) -> Tensor:
     noise_BE = torch.randn(chosen_BE.shape, generator=torch.Generator().manual_seed(0))
     out: Tensor = chosen_BE + noise_BE * (chosen_BE.norm(dim=1, keepdim=True) / chosen_BE.shape[1] ** 0.5)
     return out
-
-
-def spread(count: int, most: int) -> Tensor:
-    """At most so many numbers below `count`, evenly."""
-    chosen = min(most, count)
-    return torch.arange(chosen) * count // max(chosen, 1)

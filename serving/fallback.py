@@ -6,11 +6,13 @@ import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 
 from recsys.batch import FIRST_ITEM, PADDING
@@ -19,10 +21,9 @@ from recsys.errors import DataError, SetupError
 from serving.nights import LIVE, Night, Nights, lists_file, shard_of
 from serving.redis_lists import RedisLists
 from serving.stores import REDIS, hidden
+from serving.texts import Texts
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from serving.engine import Recommender
 
 TRIES = 10
@@ -86,23 +87,9 @@ def _delivered(place: str) -> UserLists | None:
 
 
 @dataclass(frozen=True)
-class _Users:
-    """Ids as text, ascending by their bytes, one behind the other."""
-
-    letters: bytes
-    ends_U: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ends_U)
-
-    def __getitem__(self, place: int) -> bytes:
-        start = int(self.ends_U[place - 1]) if place else 0
-        return self.letters[start : int(self.ends_U[place])]
-
-
-@dataclass(frozen=True)
 class _Shard:
-    users: _Users
+    users: Texts
+    """Ids in order."""
     offsets_U: npt.NDArray[np.int64]
     items_N: npt.NDArray[np.int32]
     """Places in item_ids."""
@@ -134,10 +121,10 @@ class NightlyLists:
 
     def of(self, user_id: str) -> list[tuple[int | str, float]]:
         """Item ids and scores of a user's list, best first; empty where there is none."""
-        table, wanted = self._table, user_id.encode()
+        table = self._table
         shard = table.shards[shard_of(user_id, len(table.shards))]
-        place = bisect_left(shard.users, wanted)
-        if place == len(shard.users) or shard.users[place] != wanted:
+        place = bisect_left(shard.users, user_id)
+        if place == len(shard.users) or shard.users[place] != user_id:
             return []
         lines = slice(int(shard.offsets_U[place]), int(shard.offsets_U[place + 1]))
         codes, scores = shard.items_N[lines].tolist(), shard.scores_N[lines].tolist()
@@ -193,8 +180,6 @@ def _read(path: Path, before: _Table | None = None) -> _Table:
 
 
 def _shards(night: Night, stamp: tuple[str, int, int], before: _Table | None) -> _Table:
-    import polars as pl
-
     hashes = [night.manifest["files"][lists_file(shard)]["sha256"] for shard in range(night.shards)]
     known = dict(zip(before.hashes, before.shards, strict=True)) if before is not None else {}
     item_ids = [] if before is None or known.keys().isdisjoint(hashes) else before.item_ids
@@ -220,9 +205,8 @@ def _shards(night: Night, stamp: tuple[str, int, int], before: _Table | None) ->
 def _packed(table: pl.DataFrame) -> _Shard:
     """A shard of codes of items, sorted by users, whose ids are text, and ranks."""
     runs = table["user"].rle().struct.unnest()
-    ends_U = runs["value"].str.len_bytes().cum_sum().to_numpy().astype(np.int64)
     offsets_U = np.concatenate([np.zeros(1, np.int64), np.cumsum(runs["len"].to_numpy(), dtype=np.int64)])
-    users = _Users("".join(runs["value"].to_list()).encode(), ends_U)
+    users = Texts.packed([runs["value"].to_list()])
     return _Shard(users, offsets_U, table["item"].to_numpy().astype(np.int32), table["score"].to_numpy().astype(np.float32))
 
 
@@ -230,17 +214,14 @@ def nightly(
     recommender: Recommender, listed: Sequence[tuple[int | str, float]], k: int, allowed_V: torch.Tensor | None, seen: set[int]
 ) -> list[tuple[int, float]]:
     """Rows and scores of a list's first k items that this bundle knows and may recommend."""
-    found: list[tuple[int, float]] = []
     rows = recommender.catalogue.rows([item_id for item_id, _ in listed], recommender.catalogue.by_id, [])
-    for row, (_, score) in zip(rows, listed, strict=True):
-        if row is None or row in seen or row - FIRST_ITEM >= recommender.lines:
-            continue
-        if allowed_V is not None and not allowed_V[row - FIRST_ITEM]:
-            continue
-        found.append((row, score))
-        if len(found) == k:
-            break
-    return found
+    found = (
+        (row, score)
+        for row, (_, score) in zip(rows, listed, strict=True)
+        if row is not None and row not in seen and row - FIRST_ITEM < recommender.lines
+        if allowed_V is None or allowed_V[row - FIRST_ITEM]
+    )
+    return list(islice(found, k))
 
 
 def popular(recommender: Recommender, k: int, allowed_V: torch.Tensor | None, seen: set[int]) -> list[tuple[int, float]]:

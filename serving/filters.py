@@ -11,8 +11,9 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache, reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -20,9 +21,6 @@ from features.dataset import ATTRIBUTE
 from recsys.batch import FIRST_ITEM, Batch
 from recsys.config import nearest
 from recsys.errors import RequestError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 CATEGORIES = "categories"
 MASKS = 32
@@ -160,8 +158,6 @@ class Attributes:
         return frozenset(map(float, values) if held == "numbers" else values)
 
     def _compute(self, name: str, condition: Range | frozenset[Any]) -> Tensor:
-        import polars as pl
-
         column = self.columns[name]
         if column.dtype == pl.Null:
             return torch.zeros(len(column), dtype=torch.bool)
@@ -178,8 +174,6 @@ class Attributes:
     @cached_property
     def _flat(self) -> dict[str, pl.DataFrame]:
         """Of columns of lists: every value and the line of its item."""
-        import polars as pl
-
         lists = {name: column for name, column in self.columns.items() if isinstance(column.dtype, pl.List)}
         return {
             name: pl.DataFrame({"line": pl.arange(len(column), dtype=pl.Int64, eager=True), "value": column})

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from recsys import bundle
-from recsys.batch import FIRST_ITEM, PADDING
+from recsys.batch import FIRST_ITEM
 from recsys.bundle import Directory, Writer
 from recsys.errors import BundleError, RequestError
 from serving.engine import Recommender
@@ -113,9 +113,8 @@ def _list(
     catalogue = recommender.catalogue
     batch, _ = recommender.request(catalogue.rows(history, catalogue.by_id), times)
     lists = recommender.recommend(batch, K, now)
-    pairs = zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True)
-    listed = [(row, score) for row, score in pairs if row != PADDING]
-    return [catalogue.item_id(row) for row, _ in listed], [score for _, score in listed]
+    found = catalogue.places(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True))
+    return [place["item_id"] for place in found], [place["score"] for place in found]
 
 
 def _difference(golden: Golden, items: list[int | str], scores: list[float]) -> str:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from recsys import __version__
 from recsys.attention import UNSEEN
 from recsys.blocks import Block, HSTUBlock, LiGRBlock, SASRecBlock
 from recsys.fusion import TextAttention
 from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import CrossBlock, Ranker
+from recsys.version import __version__
 
 if TYPE_CHECKING:
     import onnx
@@ -75,10 +75,9 @@ class Graph:
 
     def linear(self, matrix: str, layer: nn.Linear) -> str:
         weight = self.constant(layer.weight.mT)
-        return self.add("MatMul", matrix, weight) if layer.bias is None else self.gemm(matrix, weight, layer.bias)
-
-    def gemm(self, matrix: str, weight: str, bias: Tensor) -> str:
-        return self.add("Gemm", matrix, weight, self.constant(bias))
+        if layer.bias is None:
+            return self.add("MatMul", matrix, weight)
+        return self.add("Gemm", matrix, weight, self.constant(layer.bias))
 
     def norm(self, x: str, layer: nn.LayerNorm) -> str:
         scale, bias = self.constant(layer.weight), self.constant(layer.bias)
@@ -331,13 +330,14 @@ def ranker_graph(ranker: Ranker, depth: int) -> onnx.ModelProto:
     if ranker.token_in is not None:
         x = graph.sum(x, _drawn_text(graph, user, width))
     near = graph.input("near", "float", "B", "N", settings.span) if settings.companions else ""
-    if any(block.time_bias is not None for block in _cross_blocks(ranker)):
+    blocks = [block for block in ranker.blocks if isinstance(block, CrossBlock)]
+    if any(block.time_bias is not None for block in blocks):
         graph.input("ages", "int", "B", settings.span)
     if settings.among:
         graph.input("hidden", "float", "B", "N")
     lines = graph.add("Concat", batch, graph.constant([1, 1, settings.span]), axis=0)
     seen = graph.add("Reshape", some, lines)
-    for block in _cross_blocks(ranker)[:depth]:
+    for block in blocks[:depth]:
         x = _crossed(graph, block, x, events, seen, near, batch)
     rows = graph.add("Concat", batch, graph.constant([-1, width]), axis=0)
     y = graph.add("Reshape", graph.norm(x, ranker.norm), rows)
@@ -349,10 +349,6 @@ def ranker_graph(ranker: Ranker, depth: int) -> onnx.ModelProto:
         weighed = graph.add("Mul", near, graph.constant(ranker.companion_weight))
         score = graph.sum(score, graph.add("ReduceSum", weighed, graph.constant([2]), keepdims=0))
     return graph.finished({"ranked": score})
-
-
-def _cross_blocks(ranker: Ranker) -> list[CrossBlock]:
-    return [block for block in ranker.blocks if isinstance(block, CrossBlock)]
 
 
 def _crossed(graph: Graph, block: CrossBlock, x: str, events: str, seen: str, near: str, batch: str) -> str:

@@ -36,11 +36,8 @@ class GuardSettings(Settings):
     """Largest change of the share of places that the most popular 1 % of the items take."""
 
     def __post_init__(self) -> None:
-        for name in ("covered", "popular", "users", "overlap", "head"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, found {getattr(self, name)}")
-        if not self.drift >= 0:
-            raise ValueError(f"drift must not be negative, found {self.drift}")
+        self._from_to(0, 1, "covered", "popular", "users", "overlap", "head")
+        self._at_least(0, "drift")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def judge(
     return guards
 
 
-def overlap(work: Path, shards: int, last: Night, sample: int = SAMPLE) -> float:
+def overlap(work: Path, shards: int, last: Night) -> float:
     """The mean share of the first items of both nights' lists that they have in common; 0 where no user has lists in both."""
     import polars as pl
 
@@ -117,6 +114,6 @@ def overlap(work: Path, shards: int, last: Night, sample: int = SAMPLE) -> float
             pl.col("shared").fill_null(0) / pl.max_horizontal("ours", "theirs")
         )
         total, users = total + float(both.to_series().sum()), users + len(both)
-        if users >= sample:
+        if users >= SAMPLE:
             break
     return total / max(users, 1)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from recsys.errors import RequestError, SetupError
-from serving.stores import STORES, BlobError, Blobs, checked, hidden
+from recsys.progress import Count
+from serving.lmdb_store import LmdbBlobs
+from serving.stores import REDIS, BlobError, Blobs, MemoryBlobs, RedisBlobs, SqliteBlobs, checked, hidden
 
 if TYPE_CHECKING:
     from features.dataset import Dataset
@@ -20,6 +22,13 @@ KEEP = 500
 """Events of a user that are kept unless said otherwise."""
 USERS = 1000
 """Users of a bulk import that are written at once."""
+STORES: dict[str, Callable[[str], Blobs]] = {
+    "sqlite": SqliteBlobs,
+    "lmdb": LmdbBlobs,
+    **dict.fromkeys(REDIS, RedisBlobs),
+    "memory": MemoryBlobs,
+}
+"""By how their URL begins."""
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -163,7 +172,7 @@ def open_store(url: str, keep: int = KEEP) -> HistoryStore:
     return HistoryStore(STORES[kind](url), keep)
 
 
-def import_dataset(store: HistoryStore, dataset: Dataset, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def import_dataset(store: HistoryStore, dataset: Dataset, progress: Count) -> dict[str, Any]:
     """Load a DATASET's sequences; returns the counts of users, of their events and of those that were new.
 
     `progress` is told how many users of how many are done. Twice the same adds nothing. Where an item stands several times in

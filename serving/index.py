@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from recsys.config import Settings
 from recsys.errors import BundleError, SetupError
+from serving.lists import Array
 from serving.vectors import BLOCK
 
 INDEX = "index.faiss"
@@ -70,14 +71,9 @@ class IndexSettings(Settings):
     """Candidates that hnsw keeps while it walks its graph."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("auto", *INDEXES):
-            raise ValueError(f"kind must be one of auto, {', '.join(INDEXES)}, found {self.kind!r}")
-        for name in ("probes", "breadth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("exact_items", "ivf_items"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        self._one_of(("auto", *INDEXES), "kind")
+        self._at_least(1, "probes", "breadth")
+        self._at_least(0, "exact_items", "ivf_items")
 
     def chosen(self, items: int) -> str:
         """The kind for so many items."""
@@ -86,32 +82,18 @@ class IndexSettings(Settings):
         return "exact" if items <= self.exact_items else "ivf" if items <= self.ivf_items else "ivf_pq"
 
 
-class Searcher(Protocol):
-    """Finds items by inner product."""
-
-    exact: bool
-    """Whether what is found is all there is, up to float32 rounding."""
-    margin: int
-    """Candidates beyond those that are wanted which are scored exactly, where it is not exact."""
-
-    def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Lines (int64) and scores of the n best allowed items, best first, shape B × n; -1 and -inf where none is left."""
-        ...
-
-    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """`search` of all items, of arrays."""
-        ...
-
-
 class Scan:
     """Exact search by one matrix product: for runs, for few allowed items, and where an index finds too few."""
 
-    exact, margin = True, MARGIN
+    exact = True
+    """Whether what is found is all there is, up to float32 rounding."""
+    margin = MARGIN
+    """Candidates beyond those that are wanted which are scored exactly, where it is not exact."""
 
     def __init__(self, vectors_VE: Tensor, longest: float | None = None) -> None:
         """`longest` is the length of the longest vector, where it is known."""
         self.vectors_VE = vectors_VE
-        self.vectors: np.ndarray[Any, Any] = vectors_VE.cpu().numpy()
+        self.vectors: Array = vectors_VE.cpu().numpy()
         self._longest = longest
         self._own = threading.local()
 
@@ -122,12 +104,12 @@ class Scan:
             return self._longest
         return max(float(part.norm(dim=1).max()) for part in torch.split(self.vectors_VE, BLOCK))
 
-    def at(self, lines: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def at(self, lines: Array) -> Array:
         """The vectors of lines, a further axis E."""
         return self.vectors.take(lines, axis=0)
 
     @property
-    def marks(self) -> np.ndarray[Any, Any]:
+    def marks(self) -> Array:
         """False for every item and behind the last, for whoever marks some and unmarks them again; each thread has its own."""
         found = getattr(self._own, "marks", None)
         if found is None:
@@ -135,6 +117,7 @@ class Scan:
         return found
 
     def search(self, states_BE: Tensor, n: int, allowed_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Lines (int64) and scores of the n best allowed items, best first, shape B × n; -1 and -inf where none is left."""
         vectors_VE, lines_V = self.vectors_VE, None
         if allowed_V is not None and 8 * np.count_nonzero(allowed_V.numpy()) < len(allowed_V):  # else reading all beats copying
             lines_V = torch.from_numpy(np.flatnonzero(allowed_V.numpy())).to(vectors_VE.device)
@@ -151,13 +134,14 @@ class Scan:
         """Of vectors, which are those of `lines_V`, or all; shape B × V."""
         return states_BE @ vectors_VE.T
 
-    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def near(self, states_BE: Array, n: int) -> tuple[Array, Array]:
+        """`search` of all items, of arrays."""
         lines_BN, scores_BN = self.search(torch.from_numpy(states_BE).to(self.vectors_VE.device), n)
         return lines_BN.cpu().numpy(), scores_BN.cpu().numpy()
 
 
 class Index:
-    """A FAISS index of one kind; on the GPU where FAISS has one."""
+    """A FAISS index of one kind, asked as a Scan is; on the GPU where FAISS has one."""
 
     def __init__(self, index: Any, kind: str, settings: IndexSettings, threads: int | None = None) -> None:
         self.kind, self.settings, self.threads = kind, settings, threads
@@ -227,25 +211,22 @@ class Index:
 
     def append(self, vectors_VE: Tensor) -> None:
         """Add items behind the last; nothing is trained again."""
-        self._fill(vectors_VE)
-
-    def refill(self, vectors_VE: Tensor) -> None:
-        """Hold these items in the place of all others; nothing is trained again."""
-        self._require_own()
-        self._index.reset()
-        self._fill(vectors_VE)
-
-    def _require_own(self) -> None:
-        if self._mapped:  # FAISS would end the process
-            raise RuntimeError("an index that is read where it lies cannot change; load it without `mapped`")
-
-    def _fill(self, vectors_VE: Tensor) -> None:
         self._require_own()
         whole = self.kind == "hnsw"  # whose graph would be another
         with self._many_threads():
             for part_NE in [vectors_VE] if whole else torch.split(vectors_VE, BLOCK):
                 self._index.add(part_NE.float().contiguous().numpy())
         self._gpu = None if self.kind == "hnsw" else _on_gpu(self._index)
+
+    def refill(self, vectors_VE: Tensor) -> None:
+        """Hold these items in the place of all others; nothing is trained again."""
+        self._require_own()
+        self._index.reset()
+        self.append(vectors_VE)
+
+    def _require_own(self) -> None:
+        if self._mapped:  # FAISS would end the process
+            raise RuntimeError("an index that is read where it lies cannot change; load it without `mapped`")
 
     @contextmanager
     def _many_threads(self) -> Iterator[None]:
@@ -268,13 +249,11 @@ class Index:
         )
         return torch.from_numpy(lines_BN).to(states_BE.device), torch.from_numpy(scores_BN).to(states_BE.device)
 
-    def near(self, states_BE: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def near(self, states_BE: Array, n: int) -> tuple[Array, Array]:
         parameters = self._free if n <= self.settings.breadth else self._parameters(n, None)
         return self._found(states_BE, n, parameters, self._index if self._gpu is None or n > GPU_CANDIDATES else self._gpu)
 
-    def _found(
-        self, states_BE: np.ndarray[Any, Any], n: int, parameters: Any, index: Any = None
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _found(self, states_BE: Array, n: int, parameters: Any, index: Any = None) -> tuple[Array, Array]:
         faiss = _faiss()
         if self.threads is not None and faiss.omp_get_max_threads() != self.threads:  # OpenMP keeps it for each calling thread
             faiss.omp_set_num_threads(self.threads)
@@ -301,6 +280,9 @@ class Index:
             allowed = int(np.count_nonzero(allowed_V.numpy()))
             breadth = min(breadth * len(allowed_V) // max(allowed, 1), len(allowed_V))
         return faiss.SearchParametersHNSW(efSearch=breadth, **chosen)
+
+
+Searcher = Scan | Index
 
 
 def lists(items: int) -> int:

@@ -21,26 +21,27 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
+from features.cells import id_type
+from features.dataset import Dataset
+from features.events import fill_times, judge, part_repeats
+from features.files import readable
+from features.schema import ROW, DataSettings, require
 from recsys.batch import Batch
 from recsys.bundle import flush, write_file
 from recsys.errors import DataError, StoreError
+from recsys.progress import Count
 from serving.catalogue import Catalogue
 from serving.history import Event, HistoryStore, open_store
 from serving.nights import shard_of
 from serving.stores import hidden
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from features.dataset import Dataset
-    from features.schema import DataSettings
 
 CHUNK = 2**22
 """Events that are dealt at once; they, and the users of a row group of a data set, bound what is in memory."""
@@ -56,7 +57,6 @@ FILE = "#file"
 LAST_SECOND = 2**63 - 1
 FILES = ("sqlite", "lmdb")
 """Kinds of stores that are a file."""
-Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
@@ -70,7 +70,7 @@ class Source(Protocol):
     def users(self) -> int:
         """About how many there are; the same for the same input."""
 
-    def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
+    def deal(self, folder: Path, shards: int, now: int | None, progress: Count) -> dict[str, int]:
         """Write every user's events into a new folder for `read_shard`, which leaves out those later than `now`.
 
         Returns how many there are, and how many rows, or users, were left out for which reason. `progress` hears how many of
@@ -94,8 +94,6 @@ class Dealt:
 
 def dataset_source(path: Path) -> Source:
     """The directory that `recsys features` made. Raises DataError: it is none, or altered."""
-    from features.dataset import Dataset
-
     return _Sequences(Dataset.open(path))
 
 
@@ -131,29 +129,21 @@ def read_shard(folder: Path, shard: int, catalogue: Catalogue) -> Dealt:
     rows_N, times_N = own[_tensor(events["item_id"])], _tensor(events["timestamp"])
     in_time_N = torch.ones_like(times_N, dtype=torch.bool) if about["now"] is None else times_N <= about["now"]
     keep_N = in_time_N & (rows_N > 0)
-    offsets = _behind_0(_behind_0(keep_N.cumsum(0))[_behind_0(lengths.cumsum(0))])[1:]
+    offsets = _behind_0(keep_N.cumsum(0))[_behind_0(lengths.cumsum(0))]
     left_out["later"] = len(times_N) - int(in_time_N.sum())
     return Dealt(users, Batch(rows_N[keep_N], offsets, times_N[keep_N]), int((in_time_N & ~keep_N).sum()), left_out)
 
 
 def _events(rows: pl.DataFrame) -> tuple[pl.Series, Tensor, pl.DataFrame]:
     """The users of sorted rows, each once, how many events each has, and these."""
-    import polars as pl
-
-    lists = pl.exclude("user_id")
     runs = rows["user_id"].rle().struct.unnest()
     ends = torch.cumsum(_tensor(runs["len"]), 0)
     events = _behind_0(_tensor(rows["item_id"].list.len()).cumsum(0))[_behind_0(ends)].diff()
-    return runs["value"].alias("user_id"), events, rows.select(lists.explode(empty_as_null=False))
+    return runs["value"].alias("user_id"), events, rows.select(pl.exclude("user_id").explode(empty_as_null=False))
 
 
 def _in_order(lengths: Tensor, events: pl.DataFrame, repeats: str) -> tuple[Tensor, pl.DataFrame]:
     """Events sorted, and without repeats, as `recsys features` does it."""
-    import polars as pl
-
-    from features.events import fill_times, part_repeats
-    from features.schema import ROW
-
     key = "order" if "order" in events.columns else "timestamp"
     users = torch.repeat_interleave(lengths)
     events = events.with_columns(user_id=pl.Series(users.numpy())).with_row_index(ROW)
@@ -165,8 +155,6 @@ def _in_order(lengths: Tensor, events: pl.DataFrame, repeats: str) -> tuple[Tens
 
 def _rows(folder: Path, shard: int, about: Mapping[str, Any]) -> pl.DataFrame:
     """The rows of a shard sorted by user, those of one in the order of the source."""
-    import polars as pl
-
     frames = [pl.read_ipc_stream(folder / EMPTY)]
     for number in range(about["parts"]):
         with _part(folder, number).open("rb") as file:
@@ -181,8 +169,6 @@ def _rows(folder: Path, shard: int, about: Mapping[str, Any]) -> pl.DataFrame:
 @lru_cache(maxsize=2)
 def _own_rows(path: Path, written: int, catalogue: Catalogue, aligned: bool) -> Tensor:
     """What the numbers of a dealt folder's items are in the catalogue, int64; 0: unknown, if not aligned as a data set."""
-    import polars as pl
-
     items = pl.read_ipc_stream(path)["item_id"]
     return catalogue.aligned(items).long() if aligned else _tensor(catalogue.rows_of(items).fill_null(0))
 
@@ -228,8 +214,6 @@ class _Parts:
         write_file(self._folder / ABOUT, json.dumps({**about, "shards": self._shards, "parts": self._files}).encode())
 
     def _write(self) -> None:
-        import polars as pl
-
         none = pl.DataFrame(schema={"user_id": pl.String, "item_id": pl.List(pl.Int32), "timestamp": pl.List(pl.Int64)})
         rows = self._listed(pl.concat(self._held)) if self._held else none
         self._held, self._events = [], 0
@@ -258,11 +242,7 @@ class _Sequences:
         self.identity = {"kind": "dataset", "path": _absolute(str(dataset.path)), "hash": dataset.manifest["hash"]}
         self.users = int(dataset.manifest["users"])
 
-    def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
-        import polars as pl
-
-        from features.dataset import Dataset
-
+    def deal(self, folder: Path, shards: int, now: int | None, progress: Count) -> dict[str, int]:
         parts, users, events = _Parts(folder, shards), 0, 0
         table = pl.scan_parquet(self._dataset.path / "sequences.parquet")
         table = table.select("user_id", pl.col("items").alias("item_id"), pl.col("timestamps").alias("timestamp"))
@@ -293,9 +273,7 @@ class _Store:
     def users(self) -> int:
         return self._store.count()
 
-    def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
-        import polars as pl
-
+    def deal(self, folder: Path, shards: int, now: int | None, progress: Count) -> dict[str, int]:
         numbers = _Numbers(pl.String())
         parts, counts, done = _Parts(folder, shards, numbers.told), Counter({"events": 0}), 0
         found = self._store.users()
@@ -313,8 +291,6 @@ class _Store:
 
 def _kept(histories: Sequence[tuple[str, Sequence[Event] | None]]) -> pl.DataFrame:
     """A row a user, items as text."""
-    import polars as pl
-
     flat = [event for _, events in histories for event in events or ()]
     items = [event.item_id for event in flat]
     try:
@@ -329,8 +305,6 @@ def _kept(histories: Sequence[tuple[str, Sequence[Event] | None]]) -> pl.DataFra
 
 def _listed(users: pl.Series, lengths: pl.Series, events: pl.DataFrame) -> pl.DataFrame:
     """A row a user, with lists of so many of the events."""
-    import polars as pl
-
     number = np.arange(len(users))
     owner = pl.Series("owner", number.repeat(lengths.to_numpy())).set_sorted()
     lists = events.with_columns(owner).group_by("owner", maintain_order=True).agg(pl.all())
@@ -342,11 +316,11 @@ class _Events:
     """Events in Parquet as a source."""
 
     def __init__(self, place: str, settings: DataSettings) -> None:
-        import polars as pl
-
-        from features.schema import require
-
         self._settings, self._place, self._where = settings, place, _shown(place)
+        if re.search(r"\.(csv|tsv|json|jsonl|ndjson)(\.\w+)?$", self._where):
+            raise DataError(
+                f"{self._where}: is no Parquet; give Parquet, or make a data set of it with `recsys features` and give that"
+            )
         paths = _local(place)
         with _readable(place):
             table = pl.scan_parquet(place if paths is None else paths, extra_columns="ignore", include_file_paths=FILE)
@@ -365,18 +339,10 @@ class _Events:
 
     @cached_property
     def users(self) -> int:
-        import polars as pl
-
         with _readable(self._place):
             return int(self._table.select(pl.col("user_id").approx_n_unique()).collect(engine="streaming").item())
 
-    def deal(self, folder: Path, shards: int, now: int | None, progress: Progress) -> dict[str, int]:
-        import polars as pl
-
-        from features.cells import id_type
-        from features.events import judge
-        from features.schema import ROW
-
+    def deal(self, folder: Path, shards: int, now: int | None, progress: Count) -> dict[str, int]:
         with _readable(self._place):
             total = self._table.select(pl.len()).collect(engine="streaming").item()
         ids = {name: id_type(name, [self._table.collect_schema()]) for name in ("user_id", "item_id")}
@@ -405,8 +371,6 @@ class _Numbers:
     """The items of a source that does not number them, in the order in which they first came."""
 
     def __init__(self, dtype: pl.DataType) -> None:
-        import polars as pl
-
         self._known = pl.DataFrame(schema={"item_id": dtype, "number": pl.Int32})
 
     def items(self) -> pl.Series:
@@ -414,8 +378,6 @@ class _Numbers:
 
     def of(self, item_ids: pl.Series) -> pl.Series:
         """Int32."""
-        import polars as pl
-
         ids = item_ids.alias("item_id").to_frame()
         new = ids.unique(maintain_order=True).join(self._known, on="item_id", how="anti", maintain_order="left")
         number = pl.int_range(len(self._known), len(self._known) + len(new), dtype=pl.Int32)
@@ -424,14 +386,10 @@ class _Numbers:
 
     def listed(self, events: pl.DataFrame) -> pl.DataFrame:
         """A row a user, with lists of the rest, of a row an event."""
-        import polars as pl
-
         return events.with_columns(item_id=self.of(events["item_id"])).group_by("user_id", maintain_order=True).agg(pl.all())
 
     def told(self, rows: pl.DataFrame) -> pl.DataFrame:
         """The same, of a row a user."""
-        import polars as pl
-
         lengths, events = rows["item_id"].list.len(), rows.select(pl.exclude("user_id").explode(empty_as_null=False))
         return _listed(rows["user_id"], lengths, events.with_columns(item_id=self.of(events["item_id"])))
 
@@ -474,8 +432,6 @@ def _changed(place: str) -> DataError:
 
 def _remote(table: pl.LazyFrame) -> list[list[Any]]:
     """Name of each file elsewhere, and its rows; when it was written is not known of all kinds of places."""
-    import polars as pl
-
     files = table.group_by(FILE).agg(pl.len()).collect(engine="streaming").sort(FILE)
     return [[_shown(name), None, None, rows] for name, rows in files.rows()]
 
@@ -483,8 +439,6 @@ def _remote(table: pl.LazyFrame) -> list[list[Any]]:
 @contextmanager
 def _readable(place: str) -> Iterator[None]:
     """Turn what cannot be read into one line without secrets. Raises DataError."""
-    from features.files import readable
-
     try:
         with readable(_shown(place)):
             yield

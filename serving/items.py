@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import polars as pl
 import torch
 
 from features.dataset import described, write_parquet
@@ -21,7 +22,7 @@ from recsys.bundle import Directory, Writer, locked, open_directory
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import BundleError, DataError, RequestError
 from recsys.model import ModelSettings, model_from
-from recsys.text import Progress
+from recsys.progress import Count
 from serving.catalogue import ITEMS, Catalogue
 from serving.export import NOISY, measure_index, noisy
 from serving.golden import renew
@@ -29,11 +30,8 @@ from serving.index import INDEX, Index, IndexSettings, Scan
 from serving.names import NAMES, REMOVED, Names
 from serving.vectors import LONGEST, VECTORS, read_vectors, write_vectors
 
-if TYPE_CHECKING:
-    import polars as pl
 
-
-def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Count | None = None) -> dict[str, Any]:
     """Add items, by the columns of the table that the model learnt from (`features.files.read_items` reads one from a file);
     an item that was removed comes back.
 
@@ -41,20 +39,18 @@ def add(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Pr
     Raises DataError: a bad or repeated row, a missing column, an item that is there already. BundleError: the model reads no
     descriptions.
     """
-    return _change(bundle, out, items, _placed_behind, "added", progress)
+    return _change(bundle, out, items, "added", progress)
 
 
-def update(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def update(bundle: Path, items: pl.LazyFrame, out: Path | None = None, progress: Count | None = None) -> dict[str, Any]:
     """Describe items anew. As `add`, but that an item which is not there is the error.
 
     A table that holds attributes alone gives items these, whatever the model reads, and changes nothing else.
     """
-    return _change(bundle, out, items, _placed_among, "updated", progress)
+    return _change(bundle, out, items, "updated", progress)
 
 
-def from_file(
-    bundle: Path, verb: str, table: Path, out: Path | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+def from_file(bundle: Path, verb: str, table: Path, out: Path | None = None, progress: Count | None = None) -> dict[str, Any]:
     """`add` or `update` the items of a file. Raises DataError: the file cannot be read as items."""
     settings = DataSettings(**open_directory(bundle, verify=False).manifest["recipe"].get(DataSettings.section, {}))
     change = {"add": add, "update": update}[verb]
@@ -66,8 +62,6 @@ def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None)
 
     Raises RequestError: no such item, or none would be left.
     """
-    import polars as pl
-
     with opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
         rows = catalogue.rows(item_ids, catalogue.by_id)
@@ -79,14 +73,8 @@ def remove(bundle: Path, item_ids: Iterable[int | str], out: Path | None = None)
         return _publish(directory, out or bundle, table, {}, {"removed": len(rows)})
 
 
-def _change(
-    bundle: Path,
-    out: Path | None,
-    raw: pl.LazyFrame,
-    place: Callable[[Catalogue, pl.DataFrame], list[int]],
-    verb: str,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _change(bundle: Path, out: Path | None, raw: pl.LazyFrame, verb: str, progress: Count | None) -> dict[str, Any]:
+    place = {"added": _placed_behind, "updated": _placed_among}[verb]
     with opened(bundle) as directory:
         catalogue = Catalogue(directory.path / ITEMS)
         settings = DataSettings(**directory.manifest["recipe"].get(DataSettings.section, {}))
@@ -113,7 +101,7 @@ def _change(
         searched = IndexSettings(**directory.manifest["recipe"][IndexSettings.section])
         shape = (len(before_VE), before_VE.shape[1])
         index = Index.load(directory.path / INDEX, directory.manifest["index"]["kind"], searched, shape)
-        if len(places) and bool((places < len(before_VE)).any()):
+        if bool((places < len(before_VE)).any()):
             index.refill(vectors_VE)
         else:
             index.append(vectors_VE[len(before_VE) :])
@@ -176,8 +164,6 @@ def _placed_among(catalogue: Catalogue, items: pl.DataFrame) -> list[int]:
 
 def _joined(table: pl.DataFrame, items: pl.DataFrame, lines: list[int], revived: bool) -> pl.DataFrame:
     """The items' table with new lines, which are live, and lines described anew."""
-    import polars as pl
-
     rows = items.with_columns(
         pl.Series("row", lines, pl.Int32) + FIRST_ITEM, pl.lit(0, pl.Int64).alias("events"), pl.lit(False).alias(REMOVED)
     )

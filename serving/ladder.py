@@ -15,13 +15,12 @@ from serving import explain, fallback, messages
 from serving.admission import Clock, OnlineSettings
 from serving.engine import Recommender
 from serving.fallback import UserLists
-from serving.filters import allowed_lines
 from serving.history import Event
 from serving.live import Arm, Arms
 from serving.messages import Refusal
 from serving.pasts import Past, Pasts
 from serving.telemetry import LOG, Call, Metrics, about
-from serving.views import View, categories_of, places, rows_of
+from serving.views import View, categories_of
 
 EXPLAINED = 20
 """Most items that are explained at once; each costs a list."""
@@ -72,13 +71,13 @@ class Ladder:
         return question.k > MANY and (bundles if question.diversity is None else question.diversity) > 0
 
     def recommended(
-        self, question: messages.Recommend, arm: Arm, deadline: float, call: Call, past: Past | None, alone: bool = False
+        self, question: messages.Recommend, arm: Arm, call: Call, past: Past | None, alone: bool = False
     ) -> bytes | Callable[[Listed], bytes]:
         """A list; or what makes it of last night's, where that is needed and has to be asked for over a network.
 
         `alone`: in a thread of its own, beside others, so that its seconds are no measure.
         """
-        self._on_time(deadline)
+        self._on_time(call)
         view = self.view(arm)
         past = past if self.pasts.remote else self.pasts.of(question, call)
 
@@ -86,27 +85,21 @@ class Ladder:
             assert past is not None
             return _answer(recommender, question, past, question.now, took)
 
-        name, answer, why = "", None, "store"
+        answer, why = None, "store"
         if past is not None:
             what = "recommend" if question.k <= MANY else "recommend many"
-            name, answer, why = self._climb(what, view, arm, deadline, call, rung, measured=not alone)
-        if past is not None:
+            answer, why = self._climb(what, view, call, rung, measured=not alone)
             self._record(past, question.k)
-        if answer is None:
-            lower = partial(self._lower, view, question, arm, call, past, why)
-            if self.lists is None or question.user_id is None:
-                return lower([])
-            return lower if self.lists.remote else lower(self.lists.of(str(question.user_id)))
-        answer["source"] = "popularity" if answer["source"] == "popularity" else name
-        if len(answer["items"]) < question.k:
-            self.metrics.underfilled.inc()
-        return self._told(answer, arm, call, why)
+        if answer is not None:
+            return self._told(answer, call, why, question.k)
+        lower = partial(self._lower, view.recommender, question, call, past, why)
+        if self.lists is None or question.user_id is None:
+            return lower([])
+        return lower if self.lists.remote else lower(self.lists.of(str(question.user_id)))
 
-    def ranked(
-        self, question: messages.Rank, arm: Arm, deadline: float, call: Call, past: Past | None, alone: bool = False
-    ) -> bytes:
+    def ranked(self, question: messages.Rank, arm: Arm, call: Call, past: Past | None, alone: bool = False) -> bytes:
         """Given items in order; `alone` as for a list."""
-        self._on_time(deadline)
+        self._on_time(call)
         view = self.view(arm)
         past = past if self.pasts.remote else self.pasts.of(question, call)
         if past is None:
@@ -124,33 +117,33 @@ class Ladder:
             if wanted:
                 lists = recommender.recommend(batch, len(wanted), now, False, (), wanted, diversity=0.0, popularity=0.0)
                 found, source = list(zip(lists.rows[0].tolist(), lists.scores[0].tolist(), strict=True)), lists.sources[0]
-            return {"bundle": recommender.id, "source": source, "unknown": unknown, "items": places(recommender, found)}
+            return {"bundle": recommender.id, "source": source, "unknown": unknown, "items": catalogue.places(found)}
 
         what = "rank" if len(question.items) <= MANY else "rank many"
-        name, answer, why = self._climb(what, view, arm, deadline, call, rung, measured=not alone)
+        answer, why = self._climb(what, view, call, rung, measured=not alone)
         if answer is None:
             raise Refusal(503, "there is too little time to put the items in order; ask again", retry_after=1)
-        answer["source"] = "popularity" if answer["source"] == "popularity" else name
-        return self._told(answer, arm, call, why)
+        return self._told(answer, call, why)
 
-    def alike(self, question: messages.Similar, arm: Arm, deadline: float, call: Call) -> bytes:
+    def alike(self, question: messages.Similar, arm: Arm, call: Call) -> bytes:
         """Items like an item."""
-        self._on_time(deadline)
-        recommender = arm.recommender
-        row = rows_of(recommender, [question.item_id], None)[0][0]
-        deny, allow = rows_of(recommender, question.deny, question.allow)
+        self._on_time(call)
+        recommender = arm.recommender  # once: another may go live meanwhile
+        catalogue = recommender.catalogue
+        row = catalogue.denied_and_allowed([question.item_id], None)[0][0]
+        deny, allow = catalogue.denied_and_allowed(question.deny, question.allow)
         found = recommender.similar(row, question.k, deny, allow, question.where or None)
         call.bundle = recommender.id
-        item = {"item_id": recommender.catalogue.item_id(row), "title": recommender.catalogue.title(row)}
-        return encode({"bundle": recommender.id, "arm": arm.name, **item, "items": places(recommender, found)})
+        item = {"item_id": catalogue.item_id(row), "title": catalogue.title(row)}
+        return encode({"bundle": recommender.id, "arm": call.arm, **item, "items": catalogue.places(found)})
 
-    def explained(self, question: messages.Recommend, arm: Arm, deadline: float, call: Call, past: Past | None) -> bytes:
+    def explained(self, question: messages.Recommend, arm: Arm, call: Call, past: Past | None) -> bytes:
         """A list with the reasons of each item."""
-        self._on_time(deadline)
+        self._on_time(call)
         if past is None:
             raise Refusal(503, "the store does not answer; ask again", retry_after=1)
-        view = self.view(arm)
-        recommender, catalogue = view.recommender, view.recommender.catalogue
+        recommender = arm.recommender  # once: another may go live meanwhile
+        catalogue = recommender.catalogue
         unknown: list[int | str] | None = [] if question.ignore_unknown or past.kept else None
         batch, now = recommender.request(catalogue.rows(past.words, past.find(catalogue), unknown), past.times, question.now)
         asked = question.now if past.times is None or not recommender.reads_now else now
@@ -161,10 +154,7 @@ class Ladder:
         for item, carried, categories in zip(answer["items"], told, categories_of(recommender, listed), strict=True):
             item["reasons"], item["categories"] = carried, categories
         answer["attention"] = [] if popular else explain.attention(recommender, batch, now)
-        answer["source"] = "popularity" if popular else view.best
-        if len(answer["items"]) < question.k:
-            self.metrics.underfilled.inc()
-        return self._told(answer, arm, call, "")
+        return self._told(answer, call, "", question.k)
 
     def batched(self, question: messages.Batch) -> list[dict[str, Any]]:
         """A list for each user. Raises StoreError: the store does not answer."""
@@ -181,9 +171,9 @@ class Ladder:
         return answers
 
     def _lists(self, question: messages.Batch, arm: Arm, found: Sequence[Sequence[Event]]) -> list[dict[str, Any]]:
-        view = self.view(arm)
-        recommender, catalogue = view.recommender, view.recommender.catalogue
-        deny, allow = rows_of(recommender, question.deny, question.allow)
+        recommender = arm.recommender  # once: another may go live meanwhile
+        catalogue = recommender.catalogue
+        deny, allow = catalogue.denied_and_allowed(question.deny, question.allow)
         now = int(time.time()) if recommender.reads_now else None
         answers = []
         for start in range(0, len(found), AT_ONCE):
@@ -207,43 +197,41 @@ class Ladder:
                 question.popularity,
                 question.probabilities,
             )
-            for place, missing in enumerate(unknown):
-                popular = bool(lists.popular[place])
-                listed = list(zip(lists.rows[place].tolist(), lists.scores[place].tolist(), strict=True))
-                chances = None if lists.probabilities is None or popular else lists.probabilities[place].tolist()
+            for place, (missing, source) in enumerate(zip(unknown, lists.sources, strict=True)):
+                listed = zip(lists.rows[place].tolist(), lists.scores[place].tolist(), strict=True)
+                certain = None if source == "popularity" else lists.probabilities
+                chances = None if certain is None else certain[place].tolist()
                 answers.append(
                     {
                         "bundle": recommender.id,
                         "arm": arm.name,
-                        "source": "popularity" if popular else view.best,
+                        "source": source,
                         "fallback": None,
                         "unknown": missing,
-                        "items": places(recommender, listed, chances),
+                        "items": catalogue.places(listed, chances),
                     }
                 )
         return answers
 
-    def _on_time(self, deadline: float) -> None:
-        if self.clock() >= deadline:
+    def _on_time(self, call: Call) -> None:
+        if self.clock() >= call.deadline:
             raise late()
 
     def _climb(
         self,
         what: str,
         view: View,
-        arm: Arm,
-        deadline: float,
         call: Call,
         work: Callable[[Recommender, dict[str, float]], dict[str, Any]],
         measured: bool,
-    ) -> tuple[str, dict[str, Any] | None, str]:
-        """The best rung that the time is enough for: its name, its answer or None, and why it is not the first."""
+    ) -> tuple[dict[str, Any] | None, str]:
+        """The answer of the best rung that the time is enough for, or None, and why it is not the first."""
         why = ""
         for name, recommender in view.rungs:
             cost, started = view.cost(what, name), self.clock()
-            if deadline - started < cost.seconds:
+            if call.deadline - started < cost.seconds:
                 waited = call.stages.get("wait", 0.0)
-                why = why or ("overload" if deadline - started + waited >= cost.seconds else "deadline")
+                why = why or ("overload" if call.deadline - started + waited >= cost.seconds else "deadline")
                 before = started - call.read - waited
                 if measured and self.settings.deadline_ms / 1000 - before < cost.seconds:  # else who waits less will try it
                     cost.skip()
@@ -254,52 +242,49 @@ class Ladder:
             except (RequestError, Refusal):
                 raise
             except Exception:
-                LOG.exception("rung", extra=about(request_id=call.id, route=call.route, arm=arm.name, source=name))
+                LOG.exception("rung", extra=about(request_id=call.id, route=call.route, arm=call.arm, source=name))
                 why = why or "error"
                 continue
             if measured:
                 cost.add(self.clock() - started)
             call.stages |= took
-            return name, answer, why
-        return "", None, why
+            if answer["source"] != "popularity":
+                answer["source"] = name
+            return answer, why
+        return None, why
 
     def _lower(
         self,
-        view: View,
+        recommender: Recommender,
         question: messages.Recommend,
-        arm: Arm,
         call: Call,
         past: Past | None,
         why: str,
         listed: Listed,
     ) -> bytes:
         """Last night's list, filled with the most popular items, or these alone, with the same filters."""
-        recommender, catalogue = view.recommender, view.recommender.catalogue
-        unknown: list[int | str] = []
+        catalogue, unknown = recommender.catalogue, list[int | str]()
         ignored: list[int | str] | None = unknown if question.ignore_unknown else None
         seen: set[int] = set()
         if past is not None:
             rows = catalogue.rows(past.words, past.find(catalogue), unknown if past.kept else ignored)
             recommender.request(rows, past.times, question.now)
             seen = {row for row in rows if row is not None} if question.filter_seen else seen
-        deny, allow = rows_of(recommender, question.deny, question.allow, ignored)
-        meeting_V = catalogue.attributes.meeting(question.where) if question.where else None
-        meeting_V = None if meeting_V is None else meeting_V[: recommender.lines]
-        allowed_V = allowed_lines(recommender.lines, deny, allow, recommender.live_V, meeting_V)
+        allowed_V = recommender.allowed(*catalogue.denied_and_allowed(question.deny, question.allow, ignored), question.where)
         found = fallback.nightly(recommender, listed, question.k, allowed_V, seen)
         source = "nightly" if found else "popularity"
         if len(found) < question.k:
             taken = seen | {row for row, _ in found}
             found += fallback.popular(recommender, question.k - len(found), allowed_V, taken)
-        if len(found) < question.k:
-            self.metrics.underfilled.inc()
-        answer = {"bundle": recommender.id, "source": source, "unknown": unknown, "items": places(recommender, found)}
-        return self._told(answer, arm, call, why)
+        answer = {"bundle": recommender.id, "source": source, "unknown": unknown, "items": catalogue.places(found)}
+        return self._told(answer, call, why, question.k)
 
-    def _told(self, answer: dict[str, Any], arm: Arm, call: Call, why: str) -> bytes:
+    def _told(self, answer: dict[str, Any], call: Call, why: str, k: int = 0) -> bytes:
+        if len(answer["items"]) < k:
+            self.metrics.underfilled.inc()
         call.bundle, call.source, call.fallback = answer["bundle"], answer["source"], why
         started = self.clock()
-        told = encode({"bundle": answer["bundle"], "arm": arm.name, "fallback": why or None, **answer})
+        told = encode({"bundle": answer["bundle"], "arm": call.arm, "fallback": why or None, **answer})
         call.stages["write"] = self.clock() - started
         return told
 
@@ -323,7 +308,7 @@ def _answer(
 ) -> dict[str, Any]:
     """The recommender's answer to a question; in a kept history may stand what it does not know. Raises RequestError: as it."""
     if past.kept and not question.ignore_unknown:
-        rows_of(recommender, question.deny, question.allow)
+        recommender.catalogue.denied_and_allowed(question.deny, question.allow)
     return recommender.answer(
         past.words,
         question.k,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recsys.batch import PADDING, Batch
+from recsys.batch import PADDING
 
 NARROW = 1024
 """Candidates up to which all are sorted."""
@@ -53,17 +53,6 @@ class Lists:
         columns = zip(*((part.rows, part.scores, part.popular) for part in (none, *parts)), strict=True)
         rows, scores, popular = (torch.cat([tensor.cpu() for tensor in column]) for column in columns)
         return Lists(rows, scores, popular, ranked=any(part.ranked for part in parts))
-
-
-class Lister(Protocol):
-    """Whatever names k items for each history: the served model, or a baseline."""
-
-    @property
-    def reads_now(self) -> bool:
-        """Whether it reads when it is asked."""
-        ...
-
-    def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists: ...
 
 
 def best(rows_BC: Tensor, scores_BC: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,8 @@ AGE = 300.0
 """Seconds after which a recorded request is dropped, so that what an erased user did leaves every process."""
 GRACE = 5.0
 """Seconds that closing waits for a bundle that is being loaded; its thread ends with the process anyway."""
+MARK = "registered_model_meta"
+"""File that MLflow writes beside a version's own each time that it loads it as a model; no part of the bundle."""
 REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 
 Tell = Callable[[str, str], None]
@@ -55,7 +57,7 @@ class PathSource:
         """By the name, inode, size and time of every file, so that one which arrives late or is mended is seen as well."""
         try:
             with os.scandir(self.path) as entries:
-                files = sorted((entry.name, entry.inode(), entry.stat()) for entry in entries)
+                files = sorted((entry.name, entry.inode(), entry.stat()) for entry in entries if entry.name != MARK)
         except OSError as error:
             raise BundleError(f"{self.path}: cannot be read ({error.strerror}); give the directory of a bundle") from None
         told = [(name, inode, found.st_size, found.st_mtime_ns) for name, inode, found in files]
@@ -175,7 +177,7 @@ class Arm:
         What failed is tried again when it changes, or with `force`, which also loads the present one anew. Raises nothing.
         """
         with self._turn:
-            identity, problem = "", None
+            identity = ""
             try:
                 identity, path = self._source.current()
                 if not force and identity == self._failed:
@@ -185,12 +187,10 @@ class Arm:
                     return False
                 fresh = self._prepared(identity, path)
             except Exception as error:  # whatever is wrong with the new one, the old one answers
-                problem = _line(error)
-            if problem is not None:
                 self._failed = identity or self._failed
-                told, self.problem = self.problem == problem, problem
-                if not told:
-                    self._say("problem", problem)
+                told, self.problem = self.problem, _line(error)
+                if told != self.problem:
+                    self._say("problem", self.problem)
                 return False
             self.recommender = fresh
             self._identity, self._failed, self.problem = identity, "", None
@@ -259,8 +259,6 @@ class Arms:
 
     def watch(self, seconds: float) -> None:
         """From now on refresh both, each time after so many seconds, in a thread of its own."""
-        if self._watcher is not None:
-            raise RuntimeError("the sources are watched already")
         self._watcher = threading.Thread(target=self._refresh, args=(seconds,), name="bundles", daemon=True)
         self._watcher.start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from recsys.errors import RequestError
 from serving.filters import VALUES
 
+T = TypeVar("T")
 LARGEST = 2**63 - 1
 USERS = 1000
 """Most users of one batch."""
@@ -60,14 +61,22 @@ Side = Annotated[
 Deadline = Annotated[int, Meta(ge=1, le=60_000, description="Milliseconds within which the answer is wanted.")]
 
 
-class Recommend(Struct, forbid_unknown_fields=True):
-    """A user, or a history, oldest event first, by item ids or by titles; and what may be recommended."""
+class Asked(Struct, forbid_unknown_fields=True):
+    """A user, or a history, oldest event first, by item ids or by titles."""
 
     user_id: UserId | None = None
     history: History = []
     titles: Titles = []
     times: Times | None = None
     now: Annotated[Second, Meta(description="Events after this second are left out; needs times.")] | None = None
+    ignore_unknown: Ignore = False
+    arm: Side | None = None
+    deadline_ms: Deadline | None = None
+
+
+class Recommend(Asked):
+    """A user, or a history, oldest event first, by item ids or by titles; and what may be recommended."""
+
     k: K = 10
     filter_seen: Seen = True
     deny: Denied = []
@@ -76,52 +85,41 @@ class Recommend(Struct, forbid_unknown_fields=True):
     diversity: Diversity | None = None
     popularity: Popularity | None = None
     probabilities: Probabilities = False
-    ignore_unknown: Ignore = False
     explain: Annotated[bool, Meta(description="Say which events carried each item.")] = False
+
+
+class Rank(Asked, kw_only=True):
+    """A user, or a history, and the items to put in order."""
+
+    items: Annotated[list[ItemId], Meta(min_length=1, max_length=EVENTS, description="Ids of the items to put in order.")]
+
+
+class Wanted(Struct, forbid_unknown_fields=True):
+    """How many items, and which may be named."""
+
+    k: K = 10
+    deny: Denied = []
+    allow: Allowed | None = None
+    where: Where = {}
     arm: Side | None = None
-    deadline_ms: Deadline | None = None
 
 
-class Batch(Struct, forbid_unknown_fields=True):
+class Batch(Wanted, kw_only=True):
     """Users, and what may be recommended to them."""
 
     users: Annotated[
         list[UserId], Meta(min_length=1, max_length=USERS, description="Ids of users; their number by k is at most 100,000.")
     ]
-    k: K = 10
     filter_seen: Seen = True
-    deny: Denied = []
-    allow: Allowed | None = None
-    where: Where = {}
     diversity: Diversity | None = None
     popularity: Popularity | None = None
     probabilities: Probabilities = False
-    arm: Side | None = None
 
 
-class Similar(Struct, forbid_unknown_fields=True):
+class Similar(Wanted, kw_only=True):
     """An item, and what may be named beside it."""
 
     item_id: ItemId
-    k: K = 10
-    deny: Denied = []
-    allow: Allowed | None = None
-    where: Where = {}
-    arm: Side | None = None
-    deadline_ms: Deadline | None = None
-
-
-class Rank(Struct, forbid_unknown_fields=True):
-    """A user, or a history, and the items to put in order."""
-
-    items: Annotated[list[ItemId], Meta(min_length=1, max_length=EVENTS, description="Ids of the items to put in order.")]
-    user_id: UserId | None = None
-    history: History = []
-    titles: Titles = []
-    times: Times | None = None
-    now: Annotated[Second, Meta(description="Events after this second are left out; needs times.")] | None = None
-    ignore_unknown: Ignore = False
-    arm: Side | None = None
     deadline_ms: Deadline | None = None
 
 
@@ -163,10 +161,10 @@ class Refusal(Exception):
 _PLACE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$?\.?(?P<where>.*)`)?$", re.DOTALL)
 
 
-def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
-    """A message of its kind. Raises RequestError: no JSON, or not of that form."""
+def decode(kind: type[T], body: bytes) -> T:
+    """A message of a kind. Raises RequestError: no JSON, or not of that form."""
     try:
-        return decoder.decode(body)
+        return msgspec.json.decode(body, type=kind)
     except RecursionError:
         raise RequestError("body: nests too deeply; send a flat message") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

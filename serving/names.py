@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
+import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from serving.texts import Places, Texts, digest
-
-if TYPE_CHECKING:
-    import polars as pl
 
 NAMES = "names.safetensors"
 REMOVED = "removed"
@@ -73,8 +71,6 @@ class Names:
     @classmethod
     def of(cls, table: pl.DataFrame) -> Names:
         """Of an items' table."""
-        import polars as pl
-
         ids, titles = table["item_id"], table["title"].cast(pl.String).fill_null("")
         texts, whole = ids.cast(pl.String), ids.dtype.is_integer()
         called = [(texts[start : start + PART], titles[start : start + PART]) for start in range(0, len(ids), PART)]

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 
-from recsys import __version__
 from recsys.bundle import sha256, write_file
 from recsys.config import Settings
 from recsys.errors import DataError, GuardError, RecsysError, RequestError
+from recsys.progress import Progress
+from recsys.version import __version__
 from serving.engine import Recommender
 from serving.guards import GuardSettings, judge
 from serving.intake import Source
@@ -37,9 +39,6 @@ UNHEARD = {
 }
 """What becomes of users of whom a store does not tell all, and what to do."""
 
-Progress = Callable[[str, int, int], None]
-"""Hears what is done (read, nightly), and how many of how many users."""
-
 
 @dataclass(frozen=True)
 class NightlySettings(Settings):
@@ -55,11 +54,9 @@ class NightlySettings(Settings):
     """Age of an unfinished night from which on it is not finished but begun anew."""
 
     def __post_init__(self) -> None:
-        for name, least in (("users_per_shard", 1), ("keep", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        if not self.resume_hours >= 0:
-            raise ValueError(f"resume_hours must not be negative, found {self.resume_hours}")
+        self._at_least(1, "users_per_shard")
+        self._at_least(2, "keep")
+        self._at_least(0, "resume_hours")
 
     def shards(self, users: int, k: int) -> int:
         """A power of two."""
@@ -87,11 +84,8 @@ class Plan:
 
     def wants(self) -> dict[str, Any]:
         """All by which two plans are for the same night."""
-        said = asdict(self)
-        wanted: dict[str, Any] = json.loads(
-            json.dumps({name: said[name] for name in ("bundle", "source", "shards", "terms", "by")})
-        )
-        return wanted
+        said = {name: getattr(self, name) for name in ("bundle", "source", "shards", "terms", "by")}
+        return msgspec.json.decode(msgspec.json.encode(said), type=dict[str, Any])  # as it was read
 
 
 def nightly(
@@ -183,7 +177,8 @@ def _plan(
     now = terms.now or int(time.time())
     asked = replace(terms, now=now, until=bool(terms.now) or recommender.reads_now)
     shards = settings.shards(source.users, terms.k)
-    plan = Plan(recommender.id, source.identity, shards, asked, {}, None, "", datetime.now(UTC).isoformat(), _by(recommender))
+    by = f"{__version__} on {recommender.scan.vectors_VE.device.type}"
+    plan = Plan(recommender.id, source.identity, shards, asked, {}, None, "", datetime.now(UTC).isoformat(), by)
     left = _left(nights)
     if left is not None:
         refused = (nights.work / REFUSED).exists() and not force
@@ -216,17 +211,10 @@ def _plan(
     return plan
 
 
-def _by(recommender: Recommender) -> str:
-    return f"{__version__} on {recommender.scan.vectors_VE.device.type}"
-
-
 def _left(nights: Nights) -> Plan | None:
     try:
-        kept = json.loads((nights.work / PLAN).read_text())
-        terms = kept.pop("terms")
-        allow = None if terms["allow"] is None else tuple(terms["allow"])
-        return Plan(terms=Terms(**terms | {"deny": tuple(terms["deny"]), "allow": allow}), **kept)
-    except (OSError, ValueError, TypeError, KeyError):
+        return msgspec.json.decode((nights.work / PLAN).read_bytes(), type=Plan)
+    except (OSError, msgspec.MsgspecError):
         return None
 
 

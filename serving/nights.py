@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from recsys.bundle import MANIFEST, entry, flush, locked, open_directory, replace_directory, seal
+from recsys.bundle import MANIFEST, entry, flush, locked, open_directory, replace_directory, seal, told
 from recsys.errors import DataError, RecsysError
-from serving.tables import SOURCES, write_frames
+from serving.tables import SOURCES, write_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -106,9 +106,6 @@ class Night:
     def lists(self, shard: int) -> Path:
         return self.path / lists_file(shard)
 
-    def users(self, shard: int) -> Path:
-        return self.path / users_file(shard)
-
 
 class Nights:
     """The folder of all nights; one process at a time makes one."""
@@ -176,7 +173,8 @@ class Nights:
             self._announce(name)
             os.rename(self.work, self.path / NIGHTS / name)
             flush(self.path / NIGHTS)
-        self._turn()
+        os.replace(self.path / NEXT, self.path / LIVE)  # readers see now what was announced
+        flush(self.path)
         self._sweep(keep, before)
         return Night.open(self.path)
 
@@ -232,8 +230,7 @@ class Nights:
             except OSError:  # a file system without links
                 shutil.copyfile(night.path / file, fresh / file)
                 flush(fresh / file)
-        kept = {key: value for key, value in said.items() if key not in ("format", "files", "hash", "id")}
-        seal(fresh, said["files"] | {file: entry(fresh / file) for file in changed}, _less(kept, shard, lost))
+        seal(fresh, said["files"] | {file: entry(fresh / file) for file in changed}, _less(told(said), shard, lost))
         replace_directory(fresh, night.path)
         return True
 
@@ -257,23 +254,11 @@ class Nights:
             elif found.name not in kept:
                 found.unlink()
 
-    def point(self, name: str) -> None:
-        """Let readers see another night, in one step, until the next one is made. Raises DataError: it is not whole."""
-        with locked(self.path / LIVE):
-            Night.open(self.path / NIGHTS / name)
-            self._announce(name)
-            self._turn()
-
     def _announce(self, name: str) -> None:
         """Note which night is to be live; it need not be there yet."""
         link = self.path / NEXT
         link.unlink(missing_ok=True)
         link.symlink_to(Path(NIGHTS) / name)
-        flush(self.path)
-
-    def _turn(self) -> None:
-        """Let readers see what was announced."""
-        os.replace(self.path / NEXT, self.path / LIVE)
         flush(self.path)
 
     def _name(self) -> str:
@@ -342,7 +327,7 @@ def _taken_out(
     for name, table, metadata in zip(names, (users, lists), said, strict=True):
         left = table.join(leaving, on="user_id", how="anti", maintain_order="left")
         own = {key: value for key, value in metadata.items() if key != "ARROW:schema"}
-        write_frames([left], dict(table.schema), target / name, own)
+        write_table(left, target / name, own)
     lengths = lists.join(leaving, on="user_id", how="semi").group_by("user_id").len()["len"]
     return {
         "users": len(leaving),

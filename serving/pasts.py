@@ -10,11 +10,10 @@ from functools import partial
 from typing import TypeVar
 
 from recsys.errors import StoreError
-from serving import messages
 from serving.admission import Breaker, Clock, OnlineSettings
 from serving.catalogue import Catalogue, Find
 from serving.history import Event, HistoryStore
-from serving.messages import Refusal
+from serving.messages import Asked, Refusal
 from serving.stores import REDIS, BlobError
 from serving.telemetry import LOG, Call, Metrics, about
 
@@ -23,8 +22,6 @@ REST = 1.0
 """Seconds that a store is left alone after it did not answer."""
 THREADS = 2
 """That read, and as many that write."""
-
-Asked = messages.Recommend | messages.Rank
 
 
 @dataclass(frozen=True)
@@ -116,16 +113,12 @@ class Pasts:
     async def written(self, change: Callable[[], T]) -> T:
         """What a change of the store gives, by a thread that writes. Raises Refusal: as admit. StoreError: as the store."""
         self.admit()
-        return await self.beside(partial(self._tried, change, writes=True))
+        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(self._tried, change, writes=True))
 
     def write(self, change: Callable[[], T]) -> T:
         """As `written`, in this thread."""
         self.admit()
         return self._tried(change, writes=True)
-
-    async def beside(self, work: Callable[[], T]) -> T:
-        """What work of another kind gives, by a thread that writes."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
     def _kept(self, user_id: str) -> Past | None:
         try:

@@ -6,17 +6,15 @@ V items, by line · k places of a list
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from recsys.batch import FIRST_ITEM, PADDING
+from serving.lists import Array
 
 FEW = 4096
 """Items that are looked at first; then always twice as many."""
-
-Array = np.ndarray[Any, Any]
 
 
 class Popularity:

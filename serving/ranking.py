@@ -6,8 +6,9 @@ B histories · N candidates · E width · V items · k places of a list
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,12 +43,10 @@ class ServingSettings(Settings):
     """What is taken from an item's score for each factor e of its training events, before items are put in order."""
 
     def __post_init__(self) -> None:
-        if self.candidates < 0:
-            raise ValueError(f"candidates must not be negative, found {self.candidates}")
+        self._at_least(0, "candidates")
         if self.ranker_blocks < -1:
             raise ValueError(f"ranker_blocks must be at least 0, or -1 for the best, found {self.ranker_blocks}")
-        if not 0 <= self.diversity <= 1:
-            raise ValueError(f"diversity must be from 0 to 1, found {self.diversity}")
+        self._from_to(0, 1, "diversity")
         if not math.isfinite(self.popularity):
             raise ValueError(f"popularity must be a number, found {self.popularity}")
 
@@ -132,10 +131,11 @@ def of_rows(order_BK: Tensor, rows_BN: Tensor, values_BN: Tensor, none: float) -
     return values_BN.gather(1, ascending.indices.gather(1, place_BK)).masked_fill(order_BK == PADDING, none)
 
 
-def chosen_blocks(settings: ServingSettings, ranker: Ranker | None, curve: list[dict[str, float]]) -> int:
-    """How many blocks of the ranker are served. `curve` is that of its validation."""
+def chosen_blocks(settings: ServingSettings, ranker: Ranker | None, manifest: Mapping[str, Any]) -> int:
+    """How many blocks of the ranker are served, by the curve of its validation in the manifest, where it has one."""
     if ranker is None:
         return 0
     if settings.ranker_blocks >= 0:
         return min(settings.ranker_blocks, ranker.settings.blocks)
+    curve = manifest.get("ranker", {}).get("curve")
     return int(max(curve, key=lambda line: line["ndcg@10"])["blocks"]) if curve else ranker.settings.blocks

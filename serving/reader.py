@@ -111,9 +111,6 @@ class Kept:
             self._entries.clear()
             self.bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
 
 class GraphReader:
     """The sequence model on one core, by its graph."""

@@ -13,34 +13,30 @@ swept, and none brings back a user who was erased after its histories began to b
 
 from __future__ import annotations
 
-import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 import numpy as np
+import polars as pl
 
+from features.split import DAY
 from recsys.errors import DataError, SetupError, StoreError
 from serving.admission import Breaker, Clock
 from serving.nights import Night, erased_digest
-from serving.stores import hidden, redis_client
+from serving.stores import TRIES, RedisServer, hidden
 from serving.telemetry import LOG, about
 
-if TYPE_CHECKING:
-    import polars as pl
-
-TTL = 3 * 24 * 3600
+TTL = 3 * DAY
 """Seconds after which a key expires, unless the URL says otherwise: three nights without a delivery."""
-OLDEST = 30 * 24 * 3600
+OLDEST = 30 * DAY
 """Seconds since its histories began to be read after which a night is not delivered."""
-MARKS = OLDEST + 24 * 3600
+MARKS = OLDEST + DAY
 """Seconds for which it is noted who was erased: until the delivery of a night that held the user must have ended."""
 READ_SECONDS, WRITE_SECONDS = 0.5, 30.0
 """That the server may take to connect and to answer, unless the URL says otherwise."""
@@ -48,15 +44,8 @@ REST = 1.0
 """Seconds that a server is left alone after it did not answer."""
 USERS = 500
 """Users whose lists are written at once."""
-KEYS = 1000
-"""Keys that are looked through, and deleted, at once."""
 SKEW = 60.0
 """Seconds by which the clocks of two machines may differ."""
-COMMAND = r"^Command # \d+ \(.*\) of pipeline caused error: "
-"""Stands before what the server says, and names the user."""
-TRIES = 100
-"""How often a transaction begins anew because another came between."""
-
 ROOT = "recsys:lists"
 LIVE, BEFORE, NIGHTS, ERASED = f"{ROOT}:live", f"{ROOT}:before", f"{ROOT}:nights", f"{ROOT}:erased"
 PREFIX = f"{ROOT}:night:"
@@ -92,42 +81,24 @@ def parameter(url: str, name: str, default: str) -> tuple[str, str]:
     return urlunsplit(parts._replace(query=query)), value
 
 
-class Keys:
-    """A connection to the server; safe to share between threads."""
+class Keys(RedisServer):
+    """A connection to the server, and how long its keys live."""
 
     def __init__(self, url: str, seconds: float) -> None:
         """Raises SetupError: no redis package, or a URL that cannot be."""
-        self.url = hidden(url)
         try:
             plain, ttl = parameter(url, "ttl", str(TTL))
         except ValueError:
-            raise SetupError(f"{self.url}: is no URL; give redis://HOST:PORT/NUMBER") from None
+            raise SetupError(f"{hidden(url)}: is no URL; give redis://HOST:PORT/NUMBER") from None
         if not (ttl.isdecimal() and int(ttl)):
-            raise SetupError(f"{self.url}: ttl is {ttl!r}; give whole seconds, at least 1")
-        self.ttl = int(ttl)
-        self._redis, self.client = redis_client(plain, seconds)
+            raise SetupError(f"{hidden(url)}: ttl is {ttl!r}; give whole seconds, at least 1")
+        super().__init__(plain, seconds)
+        self.url, self.ttl = hidden(url), int(ttl)
 
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """What the server says against it, as StoreError."""
-        try:
-            yield
-        except self._redis.RedisError as error:
-            said = " ".join(re.sub(COMMAND, "", str(error), flags=re.DOTALL).split()) or type(error).__name__
-            raise StoreError(f"{self.url}: {said}; see that the server runs, has memory and lets this user in") from None
-
-    def changed(self, watched: Sequence[str], change: Callable[[Any], None]) -> None:
-        """Do what `change` queues behind its looks, unless a watched key changes in between: then all of it anew."""
-        with self.errors(), self.client.pipeline() as pipeline:
-            for _ in range(TRIES):
-                try:
-                    pipeline.watch(*watched)
-                    change(pipeline)
-                    pipeline.execute()
-                    return
-                except self._redis.WatchError:
-                    pipeline.reset()
-        raise StoreError(f"{self.url}: others changed the lists first, {TRIES} times; try again")
+    def change(self, watched: Sequence[str], change: Callable[[Any], None]) -> None:
+        """As `changed`."""
+        late = StoreError(f"{self.url}: others changed the lists first, {TRIES} times; try again")
+        self.changed(watched, change, late)
 
 
 def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Callable[[int], None]) -> dict[str, int]:
@@ -141,7 +112,7 @@ def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Call
     token, ttl, moment = uuid.uuid4().hex, keys.ttl, night.manifest["clock"]["begun"]
     begun = datetime.fromisoformat(moment).timestamp() - SKEW
     if begun < time.time() - OLDEST:
-        found = f"was begun at {moment}, more than {OLDEST // 86400} days ago, and who was erased since is not known"
+        found = f"was begun at {moment}, more than {OLDEST // DAY} days ago, and who was erased since is not known"
         raise DataError(f"{night.path}: {found}; make a new night and deliver that")
     counts = {"users": 0, "rows": 0}
     try:
@@ -168,7 +139,7 @@ def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Call
                     for user_id, (blob, _) in part.items():
                         pipeline.set(key_of(night.id, user_id), blob, ex=ttl)
 
-                keys.changed((NIGHTS, ERASED), put)
+                keys.change((NIGHTS, ERASED), put)
                 counts["users"] += len(part)
                 counts["rows"] += sum(places for _, places in part.values())
                 progress(counts["users"])
@@ -182,10 +153,10 @@ def write(night: Night, url: str, frames: Iterator[pl.DataFrame], progress: Call
             if live not in (None, night.id.encode()):
                 pipeline.set(BEFORE, live, ex=ttl)
 
-        keys.changed((NIGHTS, LIVE), turn)
+        keys.change((NIGHTS, LIVE), turn)
         _sweep(keys)
     finally:
-        keys.client.close()
+        keys.close()
     return counts
 
 
@@ -199,8 +170,6 @@ def _erased(pipeline: Any, user_ids: Sequence[str], begun: float) -> list[str]:
 
 def _lists(frame: pl.DataFrame) -> Iterator[tuple[str, tuple[bytes, int]]]:
     """Each user of a frame of whole lists, with the list as a key holds it and its places."""
-    import polars as pl
-
     runs = frame["user_id"].cast(pl.String).rle().struct.unnest()
     items, scores = frame["item_id"].to_list(), frame["score"].to_numpy().astype("<f4").tobytes()
     start = 0
@@ -220,11 +189,8 @@ def _sweep(keys: Keys) -> None:
         if old:
             pipeline.hdel(NIGHTS, *old)
 
-    keys.changed((LIVE, NIGHTS), forget)
-    cursor = 0
-    while True:
-        with keys.errors():
-            cursor, found = keys.client.scan(cursor, match=f"{PREFIX}*", count=KEYS)
+    keys.change((LIVE, NIGHTS), forget)
+    for found in keys.parts(PREFIX):
 
         def unlink(pipeline: Any, found: list[bytes] = found) -> None:
             known = set(pipeline.hkeys(NIGHTS))
@@ -233,10 +199,7 @@ def _sweep(keys: Keys) -> None:
             if gone:
                 pipeline.unlink(*gone)
 
-        if found:
-            keys.changed((NIGHTS,), unlink)
-        if not cursor:
-            return
+        keys.change((NIGHTS,), unlink)
 
 
 class RedisLists:
@@ -253,7 +216,6 @@ class RedisLists:
         self.url = self._keys.url
         self._breaker = Breaker(REST, clock)
         self._night = ""
-        self._change = threading.Lock()
 
     def of(self, user_id: str) -> list[Pair]:
         """Item ids and scores of a user's list, best first; empty where there is none, or the server does not answer."""
@@ -295,7 +257,7 @@ class RedisLists:
             return bool(nights) and bool(client.delete(*(key_of(night.decode(), user_id) for night in nights)))
 
     def close(self) -> None:
-        self._keys.client.close()
+        self._keys.close()
 
     def _read(self, user_id: str) -> bytes | None:
         """The blob of the live night: it is read with the name of the night, which may be another than it was."""

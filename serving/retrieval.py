@@ -10,7 +10,6 @@ B histories · E width · V items · n, C candidates · k places of a list
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from recsys.batch import FIRST_ITEM, Batch, gather
 from serving.filters import allowed_lines
 from serving.index import Scan, Searcher
-from serving.lists import ordered
+from serving.lists import Array, ordered
 
 QUERIES = 16
 """Histories searched at once; from 20 on FAISS takes other kernels, which round otherwise."""
@@ -29,8 +28,6 @@ FEW = 50_000
 LONG = 1000
 """Events beyond which a history has a search of its own that leaves them out; to ask for so many more takes longer."""
 
-Array = np.ndarray[Any, Any]
-
 
 def find(
     searcher: Searcher, scan: Scan, states_BE: Tensor, k: int, hidden: Batch | None = None, allowed_V: Tensor | None = None
@@ -39,7 +36,7 @@ def find(
     if allowed_V is not None and np.count_nonzero(allowed_V.numpy()) <= FEW:
         searcher = scan
     items, count = len(scan.vectors), len(states_BE)
-    seen = [_NONE] * count if hidden is None else _lines(hidden, items)
+    seen = [np.zeros(0, np.int64)] * count if hidden is None else _lines(hidden, items)
     rows_BK, scores_BK = np.empty((count, k), np.int64), np.empty((count, k), np.float32)
     alike: dict[int, list[int]] = {}
     for place, lines in enumerate(seen):
@@ -73,9 +70,6 @@ def find_one(
     if not settled_1[0]:
         rows_1K, scores_1K = _search(searcher, scan, torch.from_numpy(state_1E), own, k, n, None)
     return rows_1K[0], scores_1K[0]
-
-
-_NONE: Array = np.zeros(0, np.int64)
 
 
 def _lines(hidden: Batch, items: int) -> list[Array]:

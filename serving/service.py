@@ -15,20 +15,19 @@ from typing import Any, TypeVar
 import msgspec
 
 from features.dataset import ATTRIBUTE
-from recsys import __version__
 from recsys.batch import FIRST_ITEM
 from recsys.errors import BundleError, DataError, RecsysError, RequestError, SetupError, StoreError
+from recsys.version import __version__
 from serving import messages
 from serving.admission import Clock, Desk, OnlineSettings
 from serving.fallback import UserLists
 from serving.history import Event, HistoryStore
 from serving.ladder import EXPLAINED, Ladder, Listed, encode, late
 from serving.live import Arm, Arms
-from serving.messages import Happened, Refusal, decode
-from serving.pasts import Asked, Past, Pasts
+from serving.messages import Asked, Happened, Refusal, decode
+from serving.pasts import Past, Pasts
 from serving.stores import checked
 from serving.telemetry import LOG, Call, Metrics, about
-from serving.views import View
 
 T = TypeVar("T")
 RANKED = 500
@@ -37,18 +36,6 @@ LISTERS = 2
 """Threads that ask for nightly lists over a network."""
 PLACES = 100_000
 """Most places of all lists of a batch: a hundred for each of the most users."""
-
-_DECODERS = {
-    kind: msgspec.json.Decoder(kind)
-    for kind in (
-        messages.Recommend,
-        messages.Batch,
-        messages.Similar,
-        messages.Rank,
-        messages.Events,
-        messages.NewItems,
-    )
-}
 
 
 class Service:
@@ -62,12 +49,11 @@ class Service:
         *,
         lists: UserLists | None = None,
         addresses: Mapping[str, str] | None = None,
-        metrics: Metrics | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.arms, self.settings, self.lists = arms, settings, lists
         self.addresses = addresses or {}
-        self.metrics, self.clock = metrics or Metrics(), clock
+        self.metrics, self.clock = Metrics(), clock
         self.desk = Desk(settings.queue)
         self.pasts = Pasts(store, settings, self.metrics, clock)
         self.ladder = Ladder(arms, self.pasts, settings, lists, self.metrics, clock)
@@ -76,7 +62,7 @@ class Service:
         self._thread: ThreadPoolExecutor | None = None
         self._listers: ThreadPoolExecutor | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self.metrics.watch_queue(lambda: len(self.desk))
+        self.metrics.queue.set_function(lambda: len(self.desk))  # asked when the figures are read
         for arm in arms.all:
             self.metrics.loaded(arm.name, arm.recommender.id)
 
@@ -130,39 +116,39 @@ class Service:
 
     async def recommend(self, body: bytes, call: Call) -> bytes:
         """A list for a user or a history."""
-        question: messages.Recommend = self._parse(messages.Recommend, body, call)
-        arm, deadline = self._begin(question, call)
+        question = self._parse(messages.Recommend, body, call)
+        arm = self._begin(question, call)
         if question.explain and question.k > EXPLAINED:
             raise RequestError(f"k is {question.k} with explain; ask for at most {EXPLAINED} explained items")
         past = await self._past(question, call) if self.pasts.remote or question.explain else None
-        asked = question, arm, deadline, call, past
         if question.explain:
-            return await self._heavily(partial(self.ladder.explained, *asked), deadline)
+            return await self._heavily(partial(self.ladder.explained, question, arm, call, past), call.deadline)
+        work = partial(self.ladder.recommended, question, arm, call, past)
         if self.ladder.long(question, arm):
-            told = await self._heavily(partial(self.ladder.recommended, *asked, alone=True), deadline)
+            told = await self._heavily(partial(work, alone=True), call.deadline)
         else:
-            told = await self._at_desk(partial(self.ladder.recommended, *asked), call)
-        return told if isinstance(told, bytes) else told(await self._listed(str(question.user_id), deadline, call))
+            told = await self._at_desk(work, call)
+        return told if isinstance(told, bytes) else told(await self._listed(str(question.user_id), call))
 
     async def rank(self, body: bytes, call: Call) -> bytes:
         """Given items in order."""
-        question: messages.Rank = self._parse(messages.Rank, body, call)
-        arm, deadline = self._begin(question, call)
-        asked = question, arm, deadline, call, await self._past(question, call) if self.pasts.remote else None
+        question = self._parse(messages.Rank, body, call)
+        arm = self._begin(question, call)
+        past = await self._past(question, call) if self.pasts.remote else None
+        work = partial(self.ladder.ranked, question, arm, call, past)
         if len(question.items) > RANKED:
-            return await self._heavily(partial(self.ladder.ranked, *asked, alone=True), deadline)
-        return await self._at_desk(partial(self.ladder.ranked, *asked), call)
+            return await self._heavily(partial(work, alone=True), call.deadline)
+        return await self._at_desk(work, call)
 
     async def similar(self, body: bytes, call: Call) -> bytes:
         """Items like an item."""
-        question: messages.Similar = self._parse(messages.Similar, body, call)
-        arm = self._arm(question.arm, None, call)
-        deadline = self._deadline(question.deadline_ms, call)
-        return await self._at_desk(partial(self.ladder.alike, question, arm, deadline, call), call)
+        question = self._parse(messages.Similar, body, call)
+        arm = self._arm(question, None, call)
+        return await self._at_desk(partial(self.ladder.alike, question, arm, call), call)
 
     async def events(self, body: bytes, call: Call) -> bytes:
         """Keep events."""
-        told: messages.Events = self._parse(messages.Events, body, call)
+        told = self._parse(messages.Events, body, call)
         by_id, now = self.arms.champion.recommender.catalogue.by_id, int(time.time())
         known = sum(by_id(each.item_id) is not None for each in told.events)
         by_user: dict[str, list[Happened]] = {}
@@ -184,7 +170,7 @@ class Service:
 
     async def batch(self, body: bytes, call: Call) -> bytes:
         """A list for each of many users."""
-        question: messages.Batch = self._parse(messages.Batch, body, call)
+        question = self._parse(messages.Batch, body, call)
         if question.arm is not None:
             self.arms.named(question.arm)
         if len(question.users) * question.k > PLACES:
@@ -253,9 +239,8 @@ class Service:
     async def find_items(self, part: str, limit: int) -> bytes:
         """Items by a part of their title."""
         view = self.ladder.view(self.arms.champion)
-        return encode(
-            {"items": await asyncio.to_thread(view.search, part, limit)}
-        )  # what no title holds is found by all titles
+        found = await asyncio.to_thread(view.search, part, limit)  # what no title holds is found by all titles
+        return encode({"items": found})
 
     async def item(self, item_id: str) -> bytes:
         """One item."""
@@ -281,7 +266,8 @@ class Service:
 
     async def filters(self) -> bytes:
         """What requests may filter by."""
-        return encode({"filters": (await self._champion()).filters})
+        view = self.ladder.view(self.arms.champion)
+        return encode({"filters": (view if view.whole else await asyncio.to_thread(view.complete)).filters})
 
     async def bundle(self) -> bytes:
         """The loaded bundles."""
@@ -309,51 +295,43 @@ class Service:
             "source": self.addresses.get(arm.name, str(recommender.path)),
             "quality": recommender.manifest.get("quality", {}),
             "index": recommender.manifest.get("index", {}),
-            "ranker": view.best == "ranked",
+            "ranker": view.rungs[0][0] == "ranked",
             "problem": arm.problem,
             "items": recommender.items,
         }
 
-    async def _champion(self) -> View:
-        """What can be searched, made beside the loop where it is not there yet."""
-        view = self.ladder.view(self.arms.champion)
-        return view if view.whole else await asyncio.to_thread(view.complete)
-
     # Before the turn
 
-    def _parse(self, kind: type[Any], body: bytes, call: Call) -> Any:
-        message = decode(_DECODERS[kind], body)
+    def _parse(self, kind: type[T], body: bytes, call: Call) -> T:
+        message = decode(kind, body)
         call.stages["parse"] = self.clock() - call.read
         return message
 
-    def _begin(self, question: Asked, call: Call) -> tuple[Arm, float]:
+    def _begin(self, question: Asked, call: Call) -> Arm:
         given = [name for name in ("user_id", "history", "titles") if getattr(question, name) not in (None, [])]
         if len(given) > 1:
             raise RequestError(f"both {given[0]} and {given[1]} are given; give one of them")
         if question.user_id is not None and question.times is not None:
             raise RequestError("times are given with user_id, whose events have their own; leave them out")
-        user = None if question.user_id is None else str(question.user_id)
-        return self._arm(question.arm, user, call), self._deadline(question.deadline_ms, call)
+        return self._arm(question, None if question.user_id is None else str(question.user_id), call)
 
-    def _arm(self, name: str | None, user_id: str | None, call: Call) -> Arm:
-        arm = self.arms.of(user_id) if name is None else self.arms.named(name)
-        call.arm = arm.name
+    def _arm(self, question: Asked | messages.Similar, user_id: str | None, call: Call) -> Arm:
+        """Which answers, and until when: the call is told."""
+        arm = self.arms.of(user_id) if question.arm is None else self.arms.named(question.arm)
+        call.arm, call.deadline = arm.name, call.read + (question.deadline_ms or self.settings.deadline_ms) / 1000
         return arm
-
-    def _deadline(self, deadline_ms: int | None, call: Call) -> float:
-        return call.read + (deadline_ms or self.settings.deadline_ms) / 1000
 
     async def _past(self, question: Asked, call: Call) -> Past | None:
         """The history; who does not answer in half of the time is not waited for."""
-        return await self.pasts.of_in_thread(question, call, (question.deadline_ms or self.settings.deadline_ms) / 2000)
+        return await self.pasts.of_in_thread(question, call, (call.deadline - call.read) / 2)
 
-    async def _listed(self, user_id: str, deadline: float, call: Call) -> Listed:
+    async def _listed(self, user_id: str, call: Call) -> Listed:
         """Last night's list, asked for in a thread; none where it does not come in half of the time that is left."""
         assert self.lists is not None
         started = self.clock()
         asking = asyncio.get_running_loop().run_in_executor(self._listers, self.lists.of, user_id)
         try:
-            return await asyncio.wait_for(asking, max(0.0, deadline - started) / 2)
+            return await asyncio.wait_for(asking, max(0.0, call.deadline - started) / 2)
         except TimeoutError:
             return []
         finally:

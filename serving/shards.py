@@ -25,14 +25,14 @@ from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.explain import nearest_events
 from serving.intake import Dealt, read_shard
+from serving.lists import Array
 from serving.nights import PLAN, lists_file, users_file
 from serving.retrieval import taken
-from serving.tables import SOURCES, lists_columns, lists_frame, users_columns, write_frames
+from serving.tables import SOURCES, lists_columns, lists_frame, write_table
 
 if TYPE_CHECKING:
     import polars as pl
 
-Array = np.ndarray[Any, Any]
 HISTORIES = "histories"
 """Folder of dealt histories, in that of the night."""
 LEFT_OUT = "left_out"
@@ -200,8 +200,7 @@ def _computed(recommender: Recommender, terms: Terms, dealt: Dealt, chosen: Arra
 
     catalogue, parts, sources = recommender.catalogue, [], [np.zeros(0, np.uint8)]
     counts_R = np.zeros(FIRST_ITEM + len(catalogue), np.int64)
-    deny = [row for row in catalogue.rows(terms.deny, catalogue.by_id) if row is not None]
-    allow = None if terms.allow is None else [row for row in catalogue.rows(terms.allow, catalogue.by_id) if row is not None]
+    deny, allow = catalogue.denied_and_allowed(terms.deny, terms.allow)
     at_once = max(1, min(USERS, PLACES // terms.k))
     for start in range(0, len(chosen), at_once):
         part = torch.from_numpy(chosen[start : start + at_once])
@@ -213,8 +212,7 @@ def _computed(recommender: Recommender, terms: Terms, dealt: Dealt, chosen: Arra
             frame = frame.with_columns(nearest_events(recommender, histories, lists))
         parts.append(frame)
         np.add.at(counts_R, lists.rows.numpy().ravel(), 1)
-        made = SOURCES.index("ranked" if lists.ranked else "retrieved")
-        sources.append(np.where(lists.popular.numpy(), SOURCES.index("popularity"), made).astype(np.uint8))
+        sources.append(np.array([*map(SOURCES.index, lists.sources)], np.uint8))
     none = pl.DataFrame(schema=lists_columns(dealt.user_ids, catalogue, terms.reasons))
     return pl.concat([none, *parts]), np.concatenate(sources), counts_R[FIRST_ITEM:]
 
@@ -244,10 +242,9 @@ def _write(recommender: Recommender, given: tuple[Task, Dealt], done: Made) -> F
     metadata = {"bundle": task.bundle, "now": str(task.terms.now)}
     left_out = {name: count for name, count in {"unknown": dealt.unknown, **dealt.left_out}.items() if count}
     told = metadata | {LEFT_OUT: json.dumps(left_out)}
-    whole = lists_columns(dealt.user_ids, recommender.catalogue, task.terms.reasons)
     allowed = partial(planned, task)
-    write_frames([users], users_columns(dealt.user_ids), task.work / users_file(task.shard), told, allowed)
-    write_frames([lists], whole, task.work / lists_file(task.shard), metadata, allowed)
+    write_table(users, task.work / users_file(task.shard), told, allowed)
+    write_table(lists, task.work / lists_file(task.shard), metadata, allowed)
     return _facts(task, lists, users, counts_V, left_out, made)
 
 

@@ -20,15 +20,11 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from recsys.errors import RequestError, SetupError, StoreError
 
-if TYPE_CHECKING:
-    import lmdb
-
-T = TypeVar("T")
 Change = Callable[[str, bytes | None], bytes | None]
 """What a user's blob becomes; None: it stays. May be called again for the same user, if another writer came first."""
 LONGEST = 500
@@ -39,6 +35,8 @@ TIMEOUT = 1.0
 """Seconds that Redis may take to connect and to answer, unless the URL says otherwise."""
 TRIES = 100
 """How often a change in Redis begins anew because another came first; of those that compete, one succeeds each time."""
+COMMAND = r"^Command # \d+ \(.*\) of pipeline caused error: "
+"""Stands before what Redis says, and names the user."""
 DIGEST, LENGTH, NAME = 16, 4, 2
 """Bytes around a blob in a file: of whom it is, and its length; behind it, the length of the user's id, which follows."""
 WALKED = 1000
@@ -103,22 +101,22 @@ def hidden(url: str) -> str:
     return re.sub(rf"([?&][\w.%~-]*(?:{SECRET})[\w.%~-]*=)[^&]*", r"\1***", bare, flags=re.IGNORECASE)
 
 
-def _broken(url: str, found: object, remedy: str) -> StoreError:
+def broken(url: str, found: object, remedy: str) -> StoreError:
     kind = BlobError if isinstance(found, _Foreign) else StoreError
     return kind(f"{url}: {' '.join(str(found).split()) or type(found).__name__}; {remedy}")
 
 
-def _digest(user: str) -> bytes:
+def digest_of(user: str) -> bytes:
     return blake2b(user.encode(), digest_size=DIGEST).digest()
 
 
-def _framed(user: str, digest: bytes, blob: bytes, front: int = 0) -> bytes:
+def framed(user: str, digest: bytes, blob: bytes, front: int = 0) -> bytes:
     """A blob as files hold it, behind so many zeros; any number may follow."""
     name = user.encode()
     return b"".join((bytes(front), digest, len(blob).to_bytes(LENGTH), blob, len(name).to_bytes(NAME), name))
 
 
-def _unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | None:
+def unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | None:
     """The blob of a row. Raises _Foreign: it is another user's, whose digest begins alike."""
     if row is None:
         return None
@@ -128,14 +126,14 @@ def _unframed(digest: bytes, row: bytes | None, front: int = 0) -> memoryview | 
     return memoryview(row)[start : start + int.from_bytes(row[front + DIGEST : start])]
 
 
-def _named(row: bytes, front: int = 0) -> tuple[str, memoryview]:
+def named(row: bytes, front: int = 0) -> tuple[str, memoryview]:
     """The user's id that a row holds, empty where an earlier version wrote none, and the blob."""
     digest = row[front : front + DIGEST]
-    blob = _unframed(digest, row, front)
+    blob = unframed(digest, row, front)
     assert blob is not None  # for there is a row
     start = front + DIGEST + LENGTH + len(blob) + NAME
     user = row[start : start + int.from_bytes(row[start - NAME : start])].decode(errors="replace")
-    return user if _digest(user) == digest else "", blob
+    return user if digest_of(user) == digest else "", blob
 
 
 class MemoryBlobs:
@@ -160,11 +158,8 @@ class MemoryBlobs:
 
     def walk(self) -> Iterator[tuple[str, bytes]]:
         with self._lock:
-            users = list(self._blobs)
-        for user in users:
-            blob = self._blobs.get(user)
-            if blob is not None:
-                yield user, blob
+            found = self._blobs.copy()
+        yield from found.items()
 
     def count(self) -> int:
         return len(self._blobs)
@@ -212,32 +207,35 @@ class SqliteBlobs:
         try:
             self._connect("rwc").close()
         except self.ERRORS as error:
-            raise _broken(self.url, error, self.REMEDY) from None
+            raise broken(self.url, error, self.REMEDY) from None
 
     def get(self, user: str) -> memoryview | None:
         with self._connection() as connection:
-            return self._read(connection, _digest(user))
+            return self._read(connection, digest_of(user))
 
     def change(self, users: Sequence[str], change: Change) -> None:
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             rows = []
             for user in users:
-                digest = _digest(user)
+                digest = digest_of(user)
                 found = self._read(connection, digest)
                 blob = change(user, None if found is None else bytes(found))
                 if blob is not None:
-                    rows.append((_key(digest), self._filled(_framed(user, digest, blob, self.FRONT))))
+                    rows.append((_key(digest), self._filled(framed(user, digest, blob, self.FRONT))))
             put = "INSERT INTO histories VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET events = excluded.events"
             connection.executemany(put, rows)
             connection.execute("COMMIT")
 
     def delete(self, user: str) -> bool:
         with self._connection() as connection:
-            found = connection.execute("DELETE FROM histories WHERE user = ?", (_key(_digest(user)),)).rowcount > 0
-            if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                kept = "the user is deleted, but someone has been reading for long and keeps the old bytes in the -wal"
-                raise BlobError(f"{self.url}: {kept}; erase again")
+            found = connection.execute("DELETE FROM histories WHERE user = ?", (_key(digest_of(user)),)).rowcount > 0
+            until = time.monotonic() + BUSY_SECONDS
+            while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # which waits for readers alone
+                if time.monotonic() > until:
+                    kept = "the user is deleted, but someone has been reading for long and keeps the old bytes in the -wal"
+                    raise BlobError(f"{self.url}: {kept}; erase again")
+                time.sleep(0.01)
             return found
 
     def walk(self) -> Iterator[tuple[str, memoryview]]:
@@ -246,8 +244,8 @@ class SqliteBlobs:
         while start < 2**63:
             with self._connection() as connection:
                 rows = connection.execute(part, (start,)).fetchall()
-                named = [_named(row, self.FRONT) for _, row in rows]
-            yield from named
+                found = [named(row, self.FRONT) for _, row in rows]
+            yield from found
             start = rows[-1][0] + 1 if rows else 2**63
 
     def count(self) -> int:
@@ -264,7 +262,7 @@ class SqliteBlobs:
 
     def _read(self, connection: sqlite3.Connection, digest: bytes) -> memoryview | None:
         found = connection.execute("SELECT events FROM histories WHERE user = ?", (_key(digest),)).fetchall()
-        return _unframed(digest, found[0][0] if found else None, self.FRONT)
+        return unframed(digest, found[0][0] if found else None, self.FRONT)
 
     def _filled(self, row: bytes) -> bytes:
         """Lengthened so that all but its zeros in front lies in pages of its own, which it fills."""
@@ -291,7 +289,7 @@ class SqliteBlobs:
             if connection is not None:
                 connection.close()  # which takes back what was not committed
             if isinstance(error, self.ERRORS):
-                raise _broken(self.url, error, self.REMEDY) from None
+                raise broken(self.url, error, self.REMEDY) from None
             raise
         self._idle.append((connection, opened))
 
@@ -321,203 +319,71 @@ def _key(digest: bytes) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-class LmdbBlobs:
-    """In an LMDB file and its -lock; what was written outlives the power, at the cost of waiting for the disk.
-
-    The map grows as the file does. A row takes two pages of its own or more, for LMDB keeps a written page in memory and lets
-    its bytes show through the gap of the next one, but only if it stood alone. To delete takes as long as zeros take to be
-    written over all free pages of the file.
-    """
-
-    MAP = 2**26
-    """Bytes of a new file's map; it doubles when full."""
-    AT_ONCE = 2**13
-    """Pages that are wiped at once: 32 MiB."""
-    SETTLING = 5
-    """Transactions between a deletion and its wiping."""
-    REMEDY = "see that its folder is there, has room and may be written"
-
-    def __init__(self, url: str) -> None:
-        try:
-            import lmdb
-        except ImportError as error:
-            remedy = "pip install attention-recommender[lmdb], or keep histories in sqlite:PATH"
-            raise SetupError(f"{url}: lmdb does not load ({error}); {remedy}") from None
-        self._lmdb, self.url, self._file = lmdb, url, File(url)
-        self._writing = Lock()
-        """Held by who writes; taken before the gate."""
-        self._gate = Lock()
-        """Held by who reads, and by who changes the map, which nobody may read meanwhile."""
-        with self._errors():
-            self._open()
-
-    def get(self, user: str) -> memoryview | None:
-        digest = _digest(user)
-        return self._read(lambda txn: _unframed(digest, txn.get(digest)))
-
-    def change(self, users: Sequence[str], change: Change) -> None:
-        def work(txn: lmdb.Transaction[bytes]) -> None:
-            for user in users:
-                digest = _digest(user)
-                found = _unframed(digest, txn.get(digest))
-                blob = change(user, None if found is None else bytes(found))
-                if blob is not None:
-                    txn.put(digest, _framed(user, digest, blob).ljust(self._page, b"\0"))
-
-        with self._errors():
-            self._write(work)
-
-    def delete(self, user: str) -> bool:
-        with self._errors():
-            found = self._write(lambda txn: txn.delete(_digest(user)))
-            self._wipe()
-            return found
-
-    def walk(self) -> Iterator[tuple[str, memoryview]]:
-        """A part at a time, between which others may write and erase."""
-        start = bytes(1)
-
-        def part(txn: lmdb.Transaction[bytes]) -> list[tuple[bytes, bytes]]:
-            with txn.cursor() as cursor:
-                return list(islice(cursor, WALKED)) if cursor.set_range(start) else []
-
-        while rows := self._read(part):
-            yield from (_named(row) for key, row in rows if len(key) == DIGEST)  # the zeros have a row too
-            start = rows[-1][0] + bytes(1)
-
-    def count(self) -> int:
-        return int(self._read(lambda _: self._env.stat()["entries"])) - 1  # of the zeros
-
-    def check(self) -> None:
-        self.get("")
-
-    def close(self) -> None:
-        with self._writing, self._gate:
-            self._env.close()
-
-    def _open(self) -> None:
-        self._env = self._lmdb.open(str(self._file.path), subdir=False, map_size=self.MAP, max_dbs=1)
-        self._env.reader_check()
-        self._zeros = self._env.open_db(b"zeros")
-        self._page = self._env.stat()["psize"]
-        self._identity = self._file.identity()
-
-    def _follow(self) -> None:
-        """To the file that is there now."""
-        if self._identity != self._file.identity():
-            with self._writing, self._gate:
-                self._env.close()
-                self._open()
-
-    def _read(self, look: Callable[[lmdb.Transaction[bytes]], T]) -> T:
-        with self._errors():
-            self._follow()
-            try:
-                return self._look(look)
-            except self._lmdb.MapResizedError:
-                with self._writing:
-                    self._resize(0)
-                return self._look(look)
-
-    def _look(self, look: Callable[[lmdb.Transaction[bytes]], T]) -> T:
-        with self._gate, self._env.begin() as txn:
-            return look(txn)
-
-    def _write(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
-        self._follow()
-        with self._writing:
-            while True:
-                try:
-                    with self._env.begin(write=True) as txn:
-                        return work(txn)
-                except self._lmdb.MapFullError:
-                    self._resize(2 * self._env.info()["map_size"])
-                except self._lmdb.MapResizedError:  # another process did
-                    self._resize(0)
-
-    def _resize(self, size: int) -> None:
-        with self._gate:
-            self._env.set_mapsize(size)
-
-    def _wipe(self) -> None:
-        """Write zeros over all pages that are free when this begins.
-
-        LMDB takes free pages in the order of the transactions that freed them, and those of one only after the next, if nobody
-        reads the file as it was before. A few small transactions free pages that come after those to be wiped, so that to take
-        a few too many does not make the file longer.
-        """
-        before, free, zeros = self._write(self._found)
-        for _ in range(self.SETTLING):
-            self._write(lambda txn: txn.put(bytes(8), b"", db=self._zeros))
-        self._await_readers(before)
-        end = zeros + free - 2 * self.SETTLING - free * 8 // self._page  # each took two or more; LMDB lists the free in pages
-        while self._write(lambda txn: self._fill(txn, end)):
-            pass
-        self._write(lambda txn: txn.drop(self._zeros, delete=False))
-
-    def _found(self, txn: lmdb.Transaction[bytes]) -> tuple[int, int, int]:
-        """The last transaction, how many pages neither rows nor zeros have, and how many zeros have, as after a crash."""
-        info, zeros = self._env.info(), _pages(txn.stat(self._zeros))
-        return info["last_txnid"], info["last_pgno"] - 1 - _pages(self._env.stat()) - zeros, zeros
-
-    def _fill(self, txn: lmdb.Transaction[bytes], end: int) -> bool:
-        """Put zeros into the next pages, up to so many in all; returns whether some are left."""
-        zeros = bytes(self._page - 16)  # as many as fit one page beside its header
-        for _ in range(self.AT_ONCE):
-            stat = txn.stat(self._zeros)
-            if _pages(stat) >= end:
-                return False
-            txn.put(stat["entries"].to_bytes(8), zeros, db=self._zeros, append=True)
-        return True
-
-    def _await_readers(self, before: int) -> None:
-        """Wait until nobody reads the file as it was at a transaction or before."""
-        until = time.monotonic() + BUSY_SECONDS
-        self._env.reader_check()  # those that were killed
-        while any(int(txn) <= before for txn in re.findall(r"^ *\d+ +\w+ +(\d+)$", self._env.readers(), re.MULTILINE)):
-            if time.monotonic() > until:
-                found = "the user is deleted, but someone has been reading for long and keeps the old pages"
-                raise BlobError(f"{self.url}: {found}; erase again")
-            time.sleep(0.001)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._lmdb.Error, OSError, ValueError) as error:
-            raise _broken(self.url, error, self.REMEDY) from None
-
-
-def _pages(stat: Any) -> int:
-    pages: int = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-    return pages
-
-
 REDIS = ("redis", "rediss", "valkey", "valkeys")
 """How URLs of Redis and Valkey begin."""
 
 
-def redis_client(url: str, seconds: float, instead: str = "") -> tuple[Any, Any]:
-    """The redis package, and a client; the server may take so long to connect and to answer, unless the URL says otherwise.
+class RedisServer:
+    """A connection to Redis or Valkey; safe to share between threads."""
 
-    Raises SetupError: no such package (`instead`: what else can be done), or a URL that cannot be.
-    """
-    try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError as error:
-        remedy = f"pip install attention-recommender[redis]{instead}"
-        raise SetupError(f"{hidden(url)}: redis does not load ({error}); {remedy}") from None
-    again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
-    try:
-        plain = re.sub("^valkey", "redis", url)
-        return redis, redis.Redis.from_url(plain, socket_timeout=seconds, socket_connect_timeout=seconds, retry=again)
-    except ValueError as error:
-        raise SetupError(f"{hidden(url)}: {error}; give redis://HOST:PORT/NUMBER") from None
+    def __init__(self, url: str, seconds: float, instead: str = "") -> None:
+        """The server may take so long to connect and to answer, unless the URL says otherwise.
+
+        Raises SetupError: no redis package (`instead`: what else can be done), or a URL that cannot be.
+        """
+        self.url = hidden(url)
+        try:
+            import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            remedy = f"pip install attention-recommender[redis]{instead}"
+            raise SetupError(f"{self.url}: redis does not load ({error}); {remedy}") from None
+        self._redis: Any = redis
+        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))  # a pooled one may be of before a restart
+        waits = {"socket_timeout": seconds, "socket_connect_timeout": seconds, "retry": again}
+        try:
+            self.client: Any = redis.Redis.from_url(re.sub("^valkey", "redis", url), **waits)
+        except ValueError as error:
+            raise SetupError(f"{self.url}: {error}; give redis://HOST:PORT/NUMBER") from None
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What the server says against it, as StoreError."""
+        try:
+            yield
+        except self._redis.RedisError as error:
+            said = re.sub(COMMAND, "", str(error), flags=re.DOTALL) or type(error).__name__
+            raise broken(self.url, said, "see that the server runs, has memory and lets this user in") from None
+
+    def changed(self, watched: Sequence[str], change: Callable[[Any], None], late: StoreError) -> None:
+        """Do what `change` queues behind its looks, unless a watched key changes in between: then all of it anew.
+
+        Raises `late`: that happened too often.
+        """
+        with self.errors(), self.client.pipeline() as pipeline:
+            for _ in range(TRIES):
+                try:
+                    pipeline.watch(*watched)
+                    change(pipeline)
+                    pipeline.execute()
+                    return
+                except self._redis.WatchError:
+                    pipeline.reset()
+        raise late
+
+    def parts(self, prefix: str) -> Iterator[list[bytes]]:
+        """All keys that begin so, some at a time; one may come twice."""
+        found = self.client.scan_iter(f"{prefix}*", WALKED)
+        with self.errors():
+            while keys := list(islice(found, WALKED)):
+                yield keys
+
+    def close(self) -> None:
+        self.client.close()
 
 
-class RedisBlobs:
+class RedisBlobs(RedisServer):
     """In Redis or Valkey, a key a user: recsys:history: and the user's id.
 
     The server's own files (RDB, AOF) hold what was deleted until they are written anew, which is the operator's to do:
@@ -525,44 +391,37 @@ class RedisBlobs:
     """
 
     PREFIX = "recsys:history:"
-    REMEDY = "see that the server runs, has memory and lets this user in"
 
     def __init__(self, url: str) -> None:
-        self.url = hidden(url)
-        self._redis, self._client = redis_client(url, TIMEOUT, ", or keep histories in sqlite:PATH")
+        super().__init__(url, TIMEOUT, ", or keep histories in sqlite:PATH")
 
     def get(self, user: str) -> bytes | None:
-        with self._errors():
-            found: bytes | None = self._client.get(self.PREFIX + user)
+        with self.errors():
+            found: bytes | None = self.client.get(self.PREFIX + user)
         return found
 
     def change(self, users: Sequence[str], change: Change) -> None:
         names = [self.PREFIX + user for user in users]
-        with self._errors(), self._client.pipeline() as pipeline:
-            for _ in range(TRIES):
-                try:
-                    pipeline.watch(*names)
-                    found = zip(names, users, pipeline.mget(names), strict=True)
-                    changed = {name: change(user, blob) for name, user, blob in found}
-                    puts = {name: blob for name, blob in changed.items() if blob is not None}
-                    if puts:
-                        pipeline.multi()
-                        pipeline.mset(puts)
-                        pipeline.execute()
-                    return
-                except self._redis.WatchError:
-                    pipeline.reset()
-        raise BlobError(f"{self.url}: other writers came first {TRIES} times; try again")
+
+        def put(pipeline: Any) -> None:
+            found = zip(names, users, pipeline.mget(names), strict=True)
+            changed = {name: change(user, blob) for name, user, blob in found}
+            puts = {name: blob for name, blob in changed.items() if blob is not None}
+            pipeline.multi()
+            if puts:
+                pipeline.mset(puts)
+
+        self.changed(names, put, BlobError(f"{self.url}: other writers came first {TRIES} times; try again"))
 
     def delete(self, user: str) -> bool:
-        with self._errors():
-            return bool(self._client.delete(self.PREFIX + user))
+        with self.errors():
+            return bool(self.client.delete(self.PREFIX + user))
 
     def walk(self) -> Iterator[tuple[str, bytes]]:
         """A part at a time; an id that is no text that UTF-8 has is empty."""
-        for keys in self._keys():
-            with self._errors():
-                blobs = self._client.mget(keys) if keys else []
+        for keys in self.parts(self.PREFIX):
+            with self.errors():
+                blobs = self.client.mget(keys)
             for key, blob in zip(keys, blobs, strict=True):
                 if blob is not None:
                     try:
@@ -571,36 +430,8 @@ class RedisBlobs:
                         yield "", blob
 
     def count(self) -> int:
-        return sum(map(len, self._keys()))
-
-    def _keys(self) -> Iterator[list[bytes]]:
-        cursor = 0
-        while True:
-            with self._errors():
-                cursor, keys = self._client.scan(cursor, f"{self.PREFIX}*", WALKED)
-            yield keys
-            if not cursor:
-                return
+        return sum(map(len, self.parts(self.PREFIX)))
 
     def check(self) -> None:
-        with self._errors():
-            self._client.ping()
-
-    def close(self) -> None:
-        self._client.close()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self._redis.RedisError as error:
-            raise _broken(self.url, error, self.REMEDY) from None
-
-
-STORES: dict[str, Callable[[str], Blobs]] = {
-    "sqlite": SqliteBlobs,
-    "lmdb": LmdbBlobs,
-    **dict.fromkeys(REDIS, RedisBlobs),
-    "memory": MemoryBlobs,
-}
-"""By how their URL begins."""
+        with self.errors():
+            self.client.ping()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,20 +25,13 @@ SOURCES = ("ranked", "retrieved", "popularity")
 """What makes lists, as numbers in a table of users."""
 
 
-def lists_columns(user_ids: pl.Series, catalogue: Catalogue, reasons: bool = False) -> dict[str, pl.DataType]:
+def lists_columns(user_ids: pl.Series, catalogue: Catalogue, reasons: bool) -> dict[str, pl.DataType]:
     """Names and types of the columns of lists_frame; with reasons, `because` is the item of an event."""
     import polars as pl
 
     item = catalogue.items["item_id"].dtype
     columns = {"user_id": user_ids.dtype, "item_id": item, "rank": pl.Int32(), "score": pl.Float32()}
     return columns | {"because": item} if reasons else columns
-
-
-def users_columns(user_ids: pl.Series) -> dict[str, pl.DataType]:
-    """Names and types of a table of users: the hash of the history, and the place in SOURCES of what made the list."""
-    import polars as pl
-
-    return {"user_id": user_ids.dtype, "history": pl.UInt64(), "source": pl.UInt8()}
 
 
 def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.DataFrame:
@@ -57,14 +50,10 @@ def lists_frame(user_ids: pl.Series, lists: Lists, catalogue: Catalogue) -> pl.D
     )
 
 
-def write_frames(
-    frames: Iterable[pl.DataFrame],
-    columns: Mapping[str, pl.DataType],
-    path: Path,
-    metadata: Mapping[str, str],
-    allowed: Callable[[], bool] = lambda: True,
+def write_table(
+    table: pl.DataFrame, path: Path, metadata: Mapping[str, str], allowed: Callable[[], bool] = lambda: True
 ) -> None:
-    """Write frames of these columns one below the other as Parquet, whole or not at all; the same frames give the same bytes.
+    """Write a table as Parquet, whole or not at all; the same table gives the same bytes.
 
     `allowed` is asked before the file gets its name. Raises RecsysError: it cannot be written, or is no longer allowed to be.
     """
@@ -74,16 +63,13 @@ def write_frames(
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # of its own: two writers do not mix
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o644)
+        try:
+            temporary.chmod(0o644)
+            write_parquet([table], table.schema, temporary, metadata=metadata)
+            if not allowed():
+                raise RecsysError(f"{path}: is not written, since it is no longer wanted: another night has begun")
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
-    try:
-        write_parquet(frames, columns, temporary, metadata=metadata)
-        if not allowed():
-            raise RecsysError(f"{path}: is not written, since it is no longer wanted: another night has begun")
-        replace_file(temporary, path)
-    except OSError as error:
-        raise RecsysError(f"{path}: cannot be written ({error.strerror or error}); give another place") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()

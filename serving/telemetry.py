@@ -9,7 +9,8 @@ import time
 import traceback
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
@@ -25,41 +26,35 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
-from recsys import __version__
 from recsys.errors import SetupError
+from recsys.version import __version__
 
 LOG = logging.getLogger("recsys.online")
-STAGES = ("parse", "wait", "store", "encode", "retrieve", "rank", "list", "write")
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 """Bounds of the histograms' buckets; between 1 and 10 ms they lie as near as answers do."""
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
+@dataclass(slots=True)
 class Call:
     """One request, from its first byte to its last."""
 
-    __slots__ = (
-        "arm",
-        "bundle",
-        "fallback",
-        "id",
-        "method",
-        "parent",
-        "read",
-        "route",
-        "source",
-        "stages",
-        "started",
-        "status",
-    )
-
-    def __init__(self, method: str, started: float) -> None:
-        self.method = method
-        self.started = self.read = started
-        """When its head was there, and when its body was: from then on an answer is waited for."""
-        self.id = self.route = self.arm = self.bundle = self.source = self.fallback = self.parent = ""
-        self.status = 0
-        self.stages: dict[str, float] = {}
+    method: str
+    started: float
+    """When its head was there."""
+    read: float = 0.0
+    """When its body was there: from then on an answer is waited for."""
+    deadline: float = 0.0
+    """When an answer is no longer wanted."""
+    id: str = ""
+    parent: str = ""
+    route: str = ""
+    status: int = 0
+    arm: str = ""
+    bundle: str = ""
+    source: str = ""
+    fallback: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 class Requests:
@@ -79,11 +74,8 @@ class Requests:
     def count(self, call: Call, seconds: float) -> None:
         """One more."""
         self.requests[call.route, str(call.status), call.arm] += 1
-        figures = self.routes[call.route]
-        figures[bisect_left(SECONDS, seconds)] += 1
-        figures[-1] += seconds
-        for stage, took in call.stages.items():
-            figures = self.stages[stage]
+        stages = ((self.stages[stage], took) for stage, took in call.stages.items())
+        for figures, took in ((self.routes[call.route], seconds), *stages):
             figures[bisect_left(SECONDS, took)] += 1
             figures[-1] += took
         if call.source:
@@ -132,15 +124,11 @@ class Metrics:
         self.underfilled = Counter("recsys_underfilled", "Lists of fewer items than were asked for.", registry=registry)
         self.store_errors = Counter("recsys_store_errors", "Times that the store did not answer.", registry=registry)
         self.events = Counter("recsys_events_added", "Events kept.", registry=registry)
-        self._queue = Gauge("recsys_queue_length", "Requests that wait for their turn.", registry=registry)
+        self.queue = Gauge("recsys_queue_length", "Requests that wait for their turn.", registry=registry)
         self._swaps = Counter("recsys_swaps", "Bundles that replaced another.", ("arm",), registry=registry)
         self._failed = Counter("recsys_failed_loads", "Bundles that were not taken.", ("arm",), registry=registry)
         self._bundles = Gauge("recsys_bundle", "1 for each loaded bundle.", ("id", "arm"), registry=registry)
         self._loaded: dict[str, str] = {}
-
-    def watch_queue(self, length: Callable[[], float]) -> None:
-        """How many requests wait, asked when the figures are read."""
-        self._queue.set_function(length)
 
     def loaded(self, arm: str, bundle: str) -> None:
         """An arm serves a bundle, in the place of the one before."""
@@ -234,25 +222,16 @@ def tracer(url: str, environment: Mapping[str, str] = os.environ) -> Tracer | No
 class Lines(logging.Formatter):
     """A record as one JSON object; of an exception its type and where it was raised, never its words, which may name a user."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._second, self._date = 0, ""
-
     def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         event = str(record.msg).partition("\n")[0] if record.exc_info else record.getMessage()
-        told: dict[str, Any] = {"time": self._time(record.created), "level": record.levelname.lower(), "event": event}
+        told: dict[str, Any] = {"time": f"{moment[:23]}Z", "level": record.levelname.lower(), "event": event}
         told |= record.__dict__.get("about", {})
         if record.exc_info and record.exc_info[0] is not None:
             frames = traceback.extract_tb(record.exc_info[2])
             told["error"] = record.exc_info[0].__name__
             told["traceback"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         return msgspec.json.encode(told).decode()
-
-    def _time(self, seconds: float) -> str:
-        whole = int(seconds)
-        if whole != self._second:
-            self._second, self._date = whole, datetime.fromtimestamp(whole, UTC).isoformat()[:19]
-        return f"{self._date}.{int(seconds % 1 * 1000):03}Z"
 
 
 def about(**told: str | int | float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ V texts, of which H are hashed · N bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -50,9 +50,6 @@ class Texts(Sequence[str]):
             raise IndexError(f"text {place} of {len(self)}")
         place %= len(self)
         return self.letters_N[self.begin(place) : int(self.ends_V[place]) - 1].tobytes().decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.__getitem__, range(len(self)))
 
     def begin(self, place: int) -> int:
         """Where a text begins."""

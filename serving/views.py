@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from recsys.batch import FIRST_ITEM, PADDING
+from recsys.batch import FIRST_ITEM
 from serving.admission import Cost
 from serving.engine import Recommender
 from serving.filters import CATEGORIES
@@ -28,11 +28,6 @@ class View:
         self.rungs: list[tuple[str, Recommender]] = [("ranked", recommender)] if ranked else []
         self.rungs.append(("retrieved", recommender.with_ranker(0) if ranked else recommender))
         self._costs: dict[tuple[str, str], Cost] = {}
-
-    @property
-    def best(self) -> str:
-        """Name of the first rung."""
-        return self.rungs[0][0]
 
     def cost(self, what: str, rung: str) -> Cost:
         """Of so much work on a rung."""
@@ -76,35 +71,6 @@ def _filter(column: Any) -> dict[str, Any]:
     values = (column.explode() if kind.startswith("List") else column).drop_nulls()
     counted = values.alias("value").value_counts(sort=False, name="count").sort(["count", "value"], descending=[True, False])
     return {"kind": "text", "values": counted["value"].head(VALUES).to_list()}
-
-
-def rows_of(
-    recommender: Recommender,
-    deny: Sequence[int | str],
-    allow: Sequence[int | str] | None,
-    unknown: list[int | str] | None = None,
-) -> tuple[list[int], list[int] | None]:
-    """Item rows of both lists. Raises RequestError: an id is no item, and there is no list of the unknown to add it to."""
-    catalogue = recommender.catalogue
-    denied = [row for row in catalogue.rows(deny, catalogue.by_id, unknown) if row is not None]
-    if allow is None:
-        return denied, None
-    return denied, [row for row in catalogue.rows(allow, catalogue.by_id, unknown) if row is not None]
-
-
-def places(
-    recommender: Recommender, found: Sequence[tuple[int, float]], chances: Sequence[float] | None = None
-) -> list[dict[str, Any]]:
-    """Rows and scores, and how probable each is, as places of a list."""
-    catalogue = recommender.catalogue
-    told: list[dict[str, Any]] = [
-        {"rank": rank, "item_id": catalogue.item_id(row), "title": catalogue.title(row), "score": score}
-        for rank, (row, score) in enumerate(found, 1)
-        if row != PADDING
-    ]
-    for item, chance in zip(told, chances or (), strict=False):
-        item["probability"] = chance
-    return told
 
 
 def categories_of(recommender: Recommender, rows: Sequence[int]) -> list[list[str]]:

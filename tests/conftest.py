@@ -13,6 +13,7 @@ import torch
 
 from features.synthetic import SyntheticSettings, write
 from recsys import __main__ as command
+from tests.forked import forking
 
 collect_ignore = ["benchmarks"]  # measured by hand, never asserted on time
 
@@ -27,12 +28,27 @@ def _tracking_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _explanations_are_measured_on_few_histories() -> Iterator[None]:
+    """On all they take seconds a bundle; the commands of the documents measure them so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.export.HISTORIES", 13)
+        yield
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip by marker; the reasons are printed at the end (-rs)."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("torchrec") and importlib.util.find_spec("torchrec") is None:
         pytest.skip("needs torchrec")
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[dict[str, str]]:
+    """An environment in which `recsys` and `python` start at once: see tests/forked.py."""
+    with forking() as environment:
+        yield environment
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 
 from features.dataset import Dataset
 from features.split import DAY
-from recsys.backtest import METRICS, windows_of
+from recsys.command.backtest import METRICS, windows_of
 from recsys.errors import DataError, RequestError
 
 Run = Callable[..., int]

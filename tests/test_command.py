@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 
 from recsys import __main__ as command
-from recsys.terminal import records_table
+from recsys.command.terminal import records_table
 from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
+from tests.test_documents import verbs
 
 
 def raw(world: Path, folder: Path, **columns: pl.Expr) -> Path:
@@ -206,8 +207,35 @@ def test_a_report_that_cannot_be_recorded_is_still_given(world, run, tmp_path, c
 def test_a_nan_id_is_quarantined_and_counted_without_strict(world, run, tmp_path, capsys):
     words = [word for word in nan_id(world, tmp_path) if word != "--strict"]
     assert run(*words) == 0
-    assert "1 rows in quarantine" in capsys.readouterr().out
+    assert "events: 1 rows in quarantine: 1 null_id\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["rows"]["quarantined"] == {"null_id": 1}
+
+
+def test_events_that_no_history_holds_are_told_of_wherever_histories_are_made(world, run, tmp_path, capsys):
+    times = pl.read_parquet(world / "raw" / "events-*.parquet")["timestamp"].sort()
+    start = int(times[len(times) // 2])
+    later = int((times >= start + 7 * 86_400).sum())
+    changes = ("split.method=global_time", f"split.test_start={start}", "split.test_days=7", "split.validation_days=3")
+    words = [word for change in changes for word in ("--set", change)]
+    warning = f"warning: {later:,} events are after the test"
+    assert run("features", world / "small.toml", "--data", world / "raw", "--out", tmp_path / "cut", *words) == 0
+    assert warning in capsys.readouterr().err
+    assert run("history", "import", tmp_path / "cut", "--store", f"sqlite:{tmp_path}/histories") == 0
+    assert warning in capsys.readouterr().err
+    nights = ("--out", tmp_path / "lists", "-k", 3, "--no-track", "--workers", 1)
+    assert run("nightly", world / "bundle", "--dataset", tmp_path / "cut", *nights) == 0
+    assert warning in capsys.readouterr().err
+    assert run("resplit", tmp_path / "cut", "--out", tmp_path / "whole", "--set", "split.test_days=0") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run("resplit", tmp_path / "cut", "--out", tmp_path / "none", "--set", "split.test_start=2038-01-19") == 0
+    assert "no event is in the test, so nothing can be judged" in capsys.readouterr().err
+
+
+def test_an_empty_list_says_why(world, run, capsys):
+    assert run("recommend", world / "bundle", "--history", 1, "--allow", 1, "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["items"] == []
+    assert "warning: no item is left" in shown.err
 
 
 def test_a_search_tells_its_trials_and_where_the_best_recipe_is(world, run, tmp_path, capsys):
@@ -475,18 +503,9 @@ def test_a_title_with_brackets_is_shown_as_it_is(capsys):
     assert "[/b]" in shown
 
 
-@pytest.mark.parametrize("verb", ["add", "update", "remove"])
-def test_every_verb_of_items_has_help_with_an_example(verb, run, capsys):
-    assert run("items", verb, "--help") == 0
-    assert f"Example: recsys items {verb}" in capsys.readouterr().out
-
-
-VERBS = [name.name or name.callback.__name__ for name in command.app.registered_commands if name.callback]
-
-
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", verbs())
 def test_every_verb_has_help_with_an_example(verb, run, capsys):
-    assert run(verb, "--help") == 0
+    assert run(*verb.split(), "--help") == 0
     assert f"Example: recsys {verb}" in capsys.readouterr().out
 
 

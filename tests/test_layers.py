@@ -21,10 +21,12 @@ REACHES = {
     "training": {"training", "features", "recsys"},
     "serving": {"serving", "features", "recsys"},
 }
-LOADED_LATE = {f"recsys/{name}.py" for name in ("backtest", "demo", "night", "promotion", "record", "reproduce")}
-"""Verbs' own files, which the command imports inside a function: they may load what they like."""
-COMMAND = {"recsys/__main__.py", "recsys/terminal.py", *LOADED_LATE}
-"""Reach every layer, and nothing of recsys but the command reaches them."""
+COMMAND = {"recsys/__main__.py", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "recsys" / "command").rglob("*.py"))}
+"""Reach every layer, inside functions, and nothing else reaches them."""
+JOBS = {f"recsys/command/{name}.py" for name in ("backtest", "demo", "night", "promotion", "record", "reproduce")}
+"""Jobs that span layers, which verbs import inside a function: they may load what they like."""
+PUBLIC = ("recsys.api", "recsys.load", "recsys.evaluate", "recsys.Recommender")
+"""Made in recsys/api.py, which reaches features and serving; for users, and no file but the package's own door loads it."""
 DOORS = {
     "torchrec": {"recsys/embedding.py", "training/distributed.py"},
     "fbgemm_gpu": {"recsys/embedding.py", "training/distributed.py"},
@@ -42,15 +44,15 @@ DOORS = {
     "opentelemetry": {"serving/telemetry.py"},
     "psycopg": {"serving/delivery.py"},
     "redis": {"serving/stores.py"},
-    "lmdb": {"serving/stores.py"},
+    "lmdb": {"serving/lmdb_store.py"},
     "ray": {"recsys/cluster.py"},
     "pydantic": {"recsys/config.py"},
-    "typer": {"recsys/__main__.py"},
+    "typer": COMMAND,
     "rich": COMMAND,
 }
 """The only files that import a heavy dependency."""
 WITHIN_FUNCTIONS = {
-    "polars": ("features",),
+    "polars": ("features", "serving"),
     "torchrec": (),
     "mlflow": (),
     "optuna": (),
@@ -105,13 +107,18 @@ def violations(path: str, source: str) -> list[str]:
     found = []
     for each in imports(ast.parse(source)):
         package, where = each.package, f"{path} imports {each.module}"
-        on_load = each.on_load and path not in LOADED_LATE
+        on_load = each.on_load and path not in JOBS
         anywhere = command and not on_load
-        if package in REACHES and package not in REACHES[layer] and not anywhere:
+        reached = REACHES["serving"] if path == "recsys/api.py" else REACHES[layer]
+        if package in REACHES and package not in reached and not anywhere:
             found.append(f"{where}: against the arrows")
-        late = any(each.module.startswith(name.removesuffix(".py").replace("/", ".")) for name in LOADED_LATE)
-        if late and not anywhere:
+        of_command = f"{each.module}.".startswith(("recsys.command.", "recsys.__main__."))
+        job = any(f"{each.module}.".startswith(f"{name.removesuffix('.py').replace('/', '.')}.") for name in JOBS)
+        if (of_command and not command) or (job and not anywhere):
             found.append(f"{where}: a file of the command's, for its functions alone")
+        public = f"{each.module}.".startswith(tuple(f"{name}." for name in PUBLIC))
+        if public and (path != "recsys/__init__.py" or each.on_load):
+            found.append(f"{where}: a name for users, for the package's own door alone")
         if package in DOORS and path not in DOORS[package]:
             found.append(f"{where}: not through its door")
         if on_load and package in WITHIN_FUNCTIONS and layer not in WITHIN_FUNCTIONS[package]:
@@ -119,7 +126,7 @@ def violations(path: str, source: str) -> list[str]:
         light = package in sys.stdlib_module_names | CORE | REACHES.keys() or (command and package == "typer")
         if layer == "recsys" and on_load and not light:
             found.append(f"{where}: the core loads with torch alone")
-        if path == "recsys/__main__.py" and on_load and package == "torch":
+        if command and on_load and package == "torch":
             found.append(f"{where}: the command starts without it")
     return found
 
@@ -146,9 +153,20 @@ def test_a_file_imports_only_along_the_arrows_and_through_the_doors(path):
         ("serving/engine.py", "async def f():\n    from training.run import train"),
         ("recsys/__main__.py", "import features.build"),
         ("recsys/__main__.py", "import torch.nn as nn"),
-        ("recsys/__main__.py", "import recsys.demo"),
-        ("recsys/terminal.py", "import rich"),
-        ("recsys/model.py", "def f():\n    from recsys.demo import run"),
+        ("recsys/__main__.py", "import recsys.command.demo"),
+        ("recsys/command/terminal.py", "import rich"),
+        ("recsys/command/lists.py", "import serving.engine"),
+        ("recsys/command/lists.py", "import torch"),
+        ("recsys/model.py", "def f():\n    from recsys.command import lists"),
+        ("recsys/model.py", "def f():\n    from recsys.command.demo import run"),
+        ("recsys/__init__.py", "from recsys.api import load"),
+        ("recsys/__init__.py", "def f():\n    from serving.engine import Recommender"),
+        ("recsys/model.py", "def f():\n    from recsys import api"),
+        ("serving/engine.py", "from recsys import load"),
+        ("recsys/command/lists.py", "def f():\n    import recsys.api"),
+        ("recsys/api.py", "def f():\n    from training.run import train"),
+        ("recsys/api.py", "import polars as pl"),
+        ("recsys/api.py", "import recsys.command.lists"),
         ("recsys/model.py", "import numpy as np"),
         ("recsys/model.py", "def f():\n    import torchrec"),
         ("training/loop.py", "def f():\n    import mlflow"),
@@ -170,10 +188,12 @@ def test_a_planted_import_is_found(path, source):
     [
         ("recsys/__main__.py", "import typer\ndef f():\n    import features.build, training.run, serving.app"),
         (
-            "recsys/terminal.py",
+            "recsys/command/terminal.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from training.loop import Observation",
         ),
         ("recsys/embedding.py", "def f():\n    import torchrec"),
+        ("recsys/__init__.py", "def f():\n    from recsys import api"),
+        ("recsys/api.py", "from features.dataset import Dataset\nfrom serving.engine import Recommender"),
         ("training/run.py", "from features.dataset import Dataset\nfrom recsys.model import SequenceModel"),
     ],
 )

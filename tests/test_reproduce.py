@@ -14,8 +14,8 @@ import torch
 
 from features.synthetic import SyntheticSettings, write
 from recsys.bundle import MANIFEST, entry, open_directory, seal
+from recsys.command.reproduce import Reproduction, Row
 from recsys.model import WEIGHTS
-from recsys.reproduce import Reproduction, Row
 from training.run import run_key
 
 RANKER = ("ranker.blocks=1", "ranker.width=14", "ranker.span=16", "ranker.candidates=41", "ranking.epochs=1")

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from recsys.doctor import FITS, MODULES, OLDEST_PYTHON, PROJECT, SHIM
+from recsys.doctor import FITS, MODULES, OLDEST_PYTHON, PROGRAMS, PROJECT, SHIM, TORCH_CPU_INDEX, UNINSTALLABLE
 
 ROOT = Path(__file__).parents[1]
 PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -70,11 +70,23 @@ def test_doctor_and_project_ask_for_the_same_python_and_know_the_same_names():
     assert set(MODULES) <= {Requirement(line).name for line in PROJECT_FILE["dependencies"]}
 
 
+def test_the_cpu_build_comes_from_one_index_wherever_it_is_named():
+    for name in ("Makefile", "Dockerfile"):
+        found = re.findall(r"TORCH_CPU_INDEX *\??= *(https\S+)", (ROOT / name).read_text(encoding="utf-8"))
+        assert found == [TORCH_CPU_INDEX], name
+
+
+def test_the_programs_that_doctor_looks_for_are_those_that_the_full_check_installs():
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert set(re.findall(r"missing\+=\(([\w-]+)\)", text)) == set(PROGRAMS)
+
+
 def test_no_dependency_of_mlflow_can_be_the_release_that_does_not_install():
     lines = [*PROJECT_FILE["dependencies"], *PROJECT_FILE["optional-dependencies"]["ui"]]
     mlflow = [requirement for requirement in map(Requirement, lines) if requirement.name.startswith("mlflow")]
     assert len(mlflow) == 2
-    assert [requirement for requirement in mlflow if requirement.specifier.contains(Version("3.18.0"))] == []
+    assert [str(each) for each in mlflow for broken in UNINSTALLABLE if each.specifier.contains(Version(broken))] == []
+    assert set(UNINSTALLABLE.values()) == {read_pins("pins.txt")["mlflow-skinny"]}
 
 
 def test_a_python_that_is_too_old_gets_one_line_and_nothing_is_made(tmp_path):

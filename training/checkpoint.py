@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # which is none of Python's Exceptions
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from recsys.bundle import replace_directory
 from recsys.errors import RecsysError
@@ -20,8 +24,8 @@ from training.team import ALONE, Team
 
 PLAIN = "plain"
 """Name of the tensor that holds all that is no tensor."""
-ALONE_REMARK = "torch.distributed is disabled"
-"""How torch begins to say that one process writes alone, as it was told to."""
+SECONDS = 60.0
+"""After which a new one is written within an epoch."""
 TABLE = "table."
 """Stands before the names of what processes hold parts of."""
 
@@ -35,8 +39,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str, team: Team = ALONE) -> None:
         self.folder, self.key, self.team = folder, key, team
-        warnings.filterwarnings("ignore", ALONE_REMARK, UserWarning)  # from a thread, which no context manager reaches
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # no context manager reaches a thread
         self._writing: tuple[int, Any, Collection[int]] | None = None
+        self._saved_at = time.monotonic()
+        self._own = team.most(time.monotonic_ns() % 2**31)  # a thread of one that was cut off may still write beside
         self._group = torch.distributed.new_group(backend="gloo") if team.size > 1 else None  # threads talk beside training
         if team.rank == 0:
             for left in folder.glob(".*.tmp"):
@@ -52,20 +58,20 @@ class Checkpoints:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:09d}"
 
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f".{number:09d}.{self._own}.tmp"
+
     def save(self, number: int, tree: Mapping[str, Any], parts: Mapping[str, Any], keep: Collection[int] = ()) -> None:
         """Begin to write nested dicts and lists of tensors and plain values, and the `parts` of a table.
 
         When it is done, all others but those to `keep` go.
         """
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import async_save
-
         self.finish()
         tensors: dict[str, Tensor] = {}
         plain = io.BytesIO()
         torch.save({"key": self.key, "tree": _without_tensors(tree, "tree", tensors)}, plain)
         tensors[PLAIN] = torch.frombuffer(bytearray(plain.getvalue()), dtype=torch.uint8)
-        temporary = self.folder / f".{number:09d}.tmp"
+        temporary = self._temporary(number)
         if self.team.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True, exist_ok=True)
@@ -77,12 +83,13 @@ class Checkpoints:
                 process_group=self._group,
                 no_dist=self.team.size == 1,
             )
-        self._writing = number, future, {number, *keep}
+        self._writing, self._saved_at = (number, future, {number, *keep}), time.monotonic()
 
-    def poll(self) -> None:
-        """Give the one that is written its name where it is done."""
+    def are_due(self) -> bool:
+        """Whether it is time for a new one; the one that is written gets its name where it is done."""
         if self._writing is not None and self._writing[1].done():
             self.finish()
+        return self.team.first(time.monotonic() - self._saved_at >= SECONDS)
 
     def finish(self) -> None:
         """Wait until the one that is written is there. Raises RecsysError: it could not be written."""
@@ -93,9 +100,10 @@ class Checkpoints:
             with _quiet():
                 future.result()
         except (Exception, CheckpointException) as error:  # of any thread of any process
-            raise RecsysError(f"{self.folder}: a checkpoint cannot be written ({_first_line(error)}); free the disk") from None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise RecsysError(f"{self.folder}: a checkpoint cannot be written ({reason}); free the disk") from None
         if self.team.rank == 0:
-            replace_directory(self.folder / f".{number:09d}.tmp", self.path(number))
+            replace_directory(self._temporary(number), self.path(number))
             for path in self.folder.glob("[0-9]*"):
                 if int(path.name) not in keep:
                     shutil.rmtree(path)
@@ -105,9 +113,6 @@ class Checkpoints:
 
         Raises RecsysError: it belongs to another recipe or data set, or is broken.
         """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict_loader import load
-
         path = self.path(number)
         try:
             names = _metadata(path)
@@ -128,9 +133,6 @@ class Checkpoints:
 
 def read_table(path: Path) -> Tensor:
     """The whole item table of a checkpoint, whose processes held parts of it. Needs neither them nor TorchRec."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     told = _metadata(path)[f"{TABLE}weight"]
     table = torch.empty(told.size, dtype=told.properties.dtype)
     with _quiet():
@@ -139,8 +141,6 @@ def read_table(path: Path) -> Tensor:
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
     found: Mapping[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     return found
 
@@ -163,10 +163,6 @@ def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensors[tree["tensor"]]
         return {key: _with_tensors(value, tensors) for key, value in tree.items()}
     return [_with_tensors(value, tensors) for value in tree] if isinstance(tree, list) else tree
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

@@ -106,11 +106,9 @@ class EpochBatches:
             history = gather(items, times, begins, ends - self.shift)
             owners = torch.searchsorted(self.sequences.offsets, begins, right=True) - 1
             places = history.offsets[1:] - 1 if self.prefixes else torch.arange(len(history.values))
-            if not self.shift:
-                yield TrainingBatch(history, None, places, history.values, owners, counts)
-                continue
-            future = gather(items, times, begins + 1, ends)
-            yield TrainingBatch(history, future.times, places, future.values[places], owners, counts)
+            future = gather(items, times, begins + self.shift, ends)
+            asked = future.times if self.shift else None
+            yield TrainingBatch(history, asked, places, future.values[places], owners, counts)
 
     @property
     def tokens(self) -> Tensor:
@@ -125,6 +123,20 @@ def cut_by_cost(lengths: Tensor, groups: int) -> list[tuple[int, int]]:
     wanted = torch.arange(1, groups, dtype=torch.float64) * (float(sums[-1]) / groups if len(sums) else 0.0)
     cuts = [0, *torch.searchsorted(sums - lengths / 2, wanted).tolist(), len(lengths)]
     return list(pairwise(cuts))
+
+
+def recent(sequences: Sequences, since: int, length: int) -> Sequences:
+    """The training parts of users who have a target from `since` on, each cut to the windows that end with such targets.
+
+    A target is any training event but a user's first; windows have `length` inputs and are counted from the end backwards.
+    """
+    begins_U, ends_U, _ = sequences.windows("train")
+    passed = torch.cat([torch.zeros(1, dtype=torch.int64), (sequences.times >= since).cumsum(0)])
+    targets_U = passed[ends_U] - passed[torch.minimum(begins_U + 1, ends_U)]
+    inputs_U = (targets_U + length - 1) // length * length
+    starts_U = torch.where(targets_U > 0, torch.maximum(begins_U, ends_U - inputs_U - 1), ends_U)
+    train = gather(sequences.items, sequences.times, starts_U, ends_U)
+    return Sequences(train.values.int(), train.times, train.offsets, train.lengths, train.lengths)
 
 
 def mask(batch: TrainingBatch, share: float, generator: torch.Generator) -> TrainingBatch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,11 +141,6 @@ def _in_parts(rows: int, embedding_size: int, team: Team, kind: str, sharding: s
         raise RecipeError(f"train.sharding {sharding!r}: there is no such plan of {shape}; set it to row_wise") from None
     parts = DistributedModelParallel(collection, device=team.device, plan=plan, sharders=sharders, init_data_parallel=False)
     return parts, str(plan)
-
-
-def table_of(team: Team, kind: str, sharding: str) -> Callable[[int, int], ShardedTable]:
-    """What makes the table of a model."""
-    return lambda rows, size: ShardedTable(rows, size, team, kind, sharding)
 
 
 @contextmanager

@@ -6,32 +6,29 @@ import ctypes
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recsys.batch import Sequences
-from recsys.config import Settings
+from recsys.config import Seconds, Settings
 from recsys.content import Content
 from recsys.embedding import TorchTable
 from recsys.errors import DataError, RecipeError, RecsysError, SetupError
 from recsys.model import ModelSettings, SequenceModel
 from recsys.text import TextSettings
 from training.checkpoint import Checkpoints, read_table
-from training.data import WINDOWS, EpochBatches, TrainingBatch, mask
+from training.data import WINDOWS, EpochBatches, TrainingBatch, mask, recent
 from training.losses import LOSSES, LossSettings, Seen, Targets, negatives
-from training.optimizer import Optimizer, OptimizerSettings
+from training.optimizer import LEARN, Optimizer, OptimizerSettings, freeze
 from training.team import ALONE, Team
 from training.validate import validate
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-SHARDINGS = ("auto", "table_wise", "row_wise", "column_wise")
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,12 @@ class TrainSettings(Settings):
     windows: str = "last"
     """last: of a history longer than model.length only the newest window is learnt; all: every window; prefixes: one for
     each event, which is its only target."""
+    since: Seconds = 0
+    """When targets begin: a date, a time, or seconds since 1970; what came before is read, and learnt no more; 0: all are
+    targets."""
+    learn: str = "all"
+    """Which weights learn, where training begins with a run: all; table, the item table's; or new_rows, those of the items
+    that the run has not learnt."""
     mask_share: float = 0.2
     """Share of events hidden at once; read by the masked objective."""
     batch_tokens: int = 12_800
@@ -66,21 +69,14 @@ class TrainSettings(Settings):
     """Decides the initial weights, the order of batches, negatives and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "validate_every", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.validate_users < 0:
-            raise ValueError(f"validate_users must not be negative, found {self.validate_users}")
-        if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, found {self.sharding!r}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, found {self.seed}")
-        if not 0 < self.mask_share < 1:
-            raise ValueError(f"mask_share must be above 0 and below 1, found {self.mask_share}")
-        if self.windows not in WINDOWS:
-            raise ValueError(f"windows must be one of {', '.join(WINDOWS)}, found {self.windows!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}")
+        self._at_least(1, "epochs", "patience", "validate_every", "batch_tokens")
+        self._at_least(0, "validate_users", "since")
+        self._one_of(("auto", "table_wise", "row_wise", "column_wise"), "sharding")
+        self._must("be from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, ("seed",))
+        self._must("be above 0 and below 1", lambda value: 0 < value < 1, ("mask_share",))
+        self._one_of(LEARN, "learn")
+        self._one_of(WINDOWS, "windows")
+        self._one_of(("auto", "float32", "bfloat16"), "precision")
 
 
 @dataclass(frozen=True)
@@ -105,17 +101,6 @@ class Observation:
 
 
 M = TypeVar("M", bound=nn.Module)
-B_co = TypeVar("B_co", covariant=True)
-
-
-class Epoch(Protocol[B_co]):
-    """The batches of one pass over the data, in their order."""
-
-    def __len__(self) -> int: ...
-
-    def starting_at(self, step: int) -> Iterator[B_co]:
-        """What is left of it from `step` on."""
-        ...
 
 
 @dataclass
@@ -144,21 +129,6 @@ class State(Generic[M]):
     curve: list[dict[str, float]] = field(default_factory=list)
     """One entry a validation: epoch, loss and the validation figures."""
 
-    _PLAIN: ClassVar = (
-        "epoch",
-        "step",
-        "epoch_steps",
-        "steps",
-        "steps_planned",
-        "loss_sum",
-        "targets",
-        "best",
-        "best_epoch",
-        "best_steps",
-        "since_best",
-        "curve",
-    )
-
     @property
     def parts(self) -> dict[str, Any]:
         """What processes hold parts of."""
@@ -173,30 +143,20 @@ class State(Generic[M]):
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set those that every process has."""
-        if self.optimizer.sharded is None:
-            self.model.load_state_dict(weights)
-            return
-        with torch.no_grad():
-            for name, value in self.weights().items():
-                value.copy_(weights[name])
+        for name, value in self.weights().items():
+            value.copy_(weights[name])
 
     def tree(self) -> dict[str, Any]:
         """All but the parts, for a checkpoint."""
-        return {
-            "model": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "best_weights": self.best_weights,
-            **{name: getattr(self, name) for name in self._PLAIN},
-        }
+        made = {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        return {each.name: getattr(self, each.name) for each in fields(self)} | made | {"model": self.weights()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on where `tree` was made; the parts are there already."""
         self.put(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
-        self.best_weights = saved["best_weights"]
-        for name in self._PLAIN:
+        for name in saved.keys() - {"model", "optimizer", "generator"}:
             setattr(self, name, saved[name])
 
 
@@ -210,11 +170,9 @@ def fit(
     text_settings: TextSettings | None = None,
     *,
     content: Content | None = None,
-    start: Callable[[SequenceModel], None] | None = None,
+    start: Callable[[SequenceModel], torch.Tensor] | None = None,
     team: Team = ALONE,
-    checkpoint: Path | None = None,
-    key: str = "",
-    checkpoint_seconds: float = 60.0,
+    checkpoints: Checkpoints | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> State[SequenceModel]:
@@ -223,8 +181,9 @@ def fit(
     Where nobody can be judged by validation, all epochs are done and the last weights are the best.
 
     `items` is the count of items with training events, `content` what is known of all items, where model.text reads it;
-    `start` changes the weights before the first step. Where the folder `checkpoint` holds one, training goes on from it and
-    ends with the weights of an undisturbed run; one is written after every epoch and about every `checkpoint_seconds`.
+    `start` changes the weights before the first step, and returns which rows of the table are of items that were not learnt.
+    Where there is one of `checkpoints`, training goes on from it and ends with the weights of an undisturbed run; one is
+    written after every epoch and about every minute.
 
     All processes of a `team` call this, each with sequences of its own. Their steps are those of one process with all
     sequences: a loss is the mean over the targets of all, negatives are the same in all, and with dropout, masks and the
@@ -232,118 +191,110 @@ def fit(
     of the others' none is.
     """
     device = team.device
-    refuse_settings(model_settings, settings, optimizer_settings, device)
+    refuse_settings(model_settings, settings, optimizer_settings, device, begins=start is not None)
     keep_memory()
     if settings.packed:
         torch._dynamo.reset()  # what other settings compiled counts against the recompilations allowed
     vocabulary = (text_settings or TextSettings()).vocabulary
     table = None
     if optimizer_settings.in_parts(model_settings.embedding):
-        from training.distributed import table_of
+        from training.distributed import ShardedTable
 
-        table = table_of(team, optimizer_settings.table, settings.sharding)
+        table = partial(ShardedTable, team=team, kind=optimizer_settings.table, sharding=settings.sharding)
     model = SequenceModel(model_settings, items, content, vocabulary, table)
     model = model.initialise(torch.Generator().manual_seed(settings.seed)).to(device)
-    if start is not None:
-        start(model)
+    fixed = None if start is None else freeze(model, settings.learn, start(model))
     generator = torch.Generator(device).manual_seed(settings.seed + 1)
     sharded: Any = model.table if model.table.sharded else None
     state = State(model, Optimizer(model, optimizer_settings, sharded), generator)
     learnable = sequences.learnable(items)
     counts_V = team.sum(learnable.training_counts(items).to(device))
-    lesson = Lesson(model, settings, loss_settings, counts_V, team)
-    masked = model_settings.objective == "masked"
-
-    def batches(epoch: int) -> EpochBatches:
-        shape = (model_settings.length, settings.batch_tokens, settings.seed, epoch, settings.windows)
-        return EpochBatches(learnable, *shape, masked=masked, packed=settings.packed, team=team)
-
+    lesson = Lesson(model, settings, loss_settings, counts_V, team, fixed)
+    if settings.since:
+        learnable = recent(learnable, settings.since, model_settings.length)
+        if not int(team.sum(learnable.train_end.sum())):
+            raise DataError(
+                f"train.since is {settings.since}, and no training event from then on follows another; set it earlier"
+            )
+    batches = partial(
+        EpochBatches,
+        learnable,
+        model_settings.length,
+        settings.batch_tokens,
+        settings.seed,
+        windows=settings.windows,
+        masked=model_settings.objective == "masked",
+        packed=settings.packed,
+        team=team,
+    )
     if sharded is not None:
         tell(sharded.plan)
     if team.size > 1:
         tell(_balance(batches(0).tokens, team))
     run(
         state,
-        Schedule(settings.epochs, settings.patience, settings.validate_every),
         batches,
-        lambda batch: lesson.learn(state, batch.to(device)),
-        lambda: validate(state.model, sequences, users=settings.validate_users, team=team),
-        checkpoint=checkpoint,
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        partial(lesson.learn, state),
+        lambda: validate(model, sequences, users=settings.validate_users, team=team),
+        epochs=settings.epochs,
+        patience=settings.patience,
+        validate_every=settings.validate_every,
+        checkpoints=checkpoints,
         observe=observe,
-        team=team,
     )
     return state
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long is learnt."""
-
-    epochs: int
-    patience: int
-    validate_every: int = 1
-
-
 def run(
     state: State[M],
-    schedule: Schedule,
-    batches_of: Callable[[int], Epoch[B_co]],
-    learn: Callable[[B_co], None],
+    batches_of: Callable[[int], EpochBatches],
+    learn: Callable[[TrainingBatch], tuple[float, int]],
     judge: Callable[[], dict[str, float]],
     *,
-    checkpoint: Path | None = None,
-    key: str = "",
-    checkpoint_seconds: float = 60.0,
+    epochs: int,
+    patience: int,
+    validate_every: int = 1,
+    checkpoints: Checkpoints | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
     part: str = "model",
-    team: Team = ALONE,
 ) -> None:
     """Learn epoch after epoch, from the checkpoint on where there is one; at the end the model holds its best weights.
 
-    `learn` does one step and counts it, `judge` gives the figures of validation, of which ndcg@10 decides; where it gives
-    none, the last weights are the best.
+    `learn` makes a step's gradients, and tells the sum of its losses and over how many targets; `judge` gives the figures of
+    validation, of which ndcg@10 decides; where it gives none, the last weights are the best.
     """
-    checkpoints = None if checkpoint is None else Checkpoints(checkpoint, key, team)
     if checkpoints is not None and (newest := checkpoints.newest) >= 0:
         state.restore(checkpoints.load(newest, state.parts))
-    saved_at = time.monotonic()
+    started = time.monotonic()
 
     def save(due: bool) -> None:
-        nonlocal saved_at
-        if checkpoints is None:
-            return
-        if due or team.first(time.monotonic() - saved_at >= checkpoint_seconds):
+        if checkpoints is not None and (due or checkpoints.are_due()):
             checkpoints.save(state.steps, state.tree(), state.parts, {state.best_steps} if state.parts else ())
-            saved_at = time.monotonic()
-        else:
-            checkpoints.poll()
 
-    while state.epoch < schedule.epochs and state.since_best < schedule.patience:
+    def tell(validation: dict[str, float] | None = None, best: bool = False) -> None:
+        mean, rate, seconds = state.loss_sum / max(1, state.targets), state.optimizer.rate, time.monotonic() - started
+        observe(Observation(state.epoch + 1, state.step, state.epoch_steps, mean, rate, seconds, validation, best, part))
+
+    while state.epoch < epochs and state.since_best < patience:
         batches = batches_of(state.epoch)
         if not len(batches):
             raise DataError(
                 "no user has two training events, so there is nothing to learn; give more events or another [split]"
             )
-        state.steps_planned = state.steps_planned or len(batches) * schedule.epochs
+        state.steps_planned = state.steps_planned or len(batches) * epochs
         if state.step and state.epoch_steps != len(batches):  # begun by another number of processes: as far as they came
             state.step = state.step * len(batches) // state.epoch_steps
         state.epoch_steps = len(batches)
         started = time.monotonic()
-
-        def tell(
-            validation: dict[str, float] | None, best: bool, batches: Epoch[B_co] = batches, started: float = started
-        ) -> None:
-            mean, seconds = state.loss_sum / max(1, state.targets), time.monotonic() - started
-            rate = state.optimizer.rate
-            observe(Observation(state.epoch + 1, state.step, len(batches), mean, rate, seconds, validation, best, part))
-
         for batch in batches.starting_at(state.step):
-            learn(batch)
-            tell(None, False)
+            state.optimizer.begin(state.steps, state.steps_planned)
+            total, targets = learn(batch.to(state.generator.device))
+            state.optimizer.step(state.steps, state.steps_planned)
+            state.loss_sum, state.targets = state.loss_sum + total, state.targets + targets
+            state.step, state.steps = state.step + 1, state.steps + 1
+            tell()
             save(due=False)
-        if (state.epoch + 1) % schedule.validate_every == 0 or state.epoch + 1 == schedule.epochs:
+        if (state.epoch + 1) % validate_every == 0 or state.epoch + 1 == epochs:
             with state.optimizer.averaged():
                 figures = judge()
                 better = not figures or figures["ndcg@10"] > state.best
@@ -358,27 +309,29 @@ def run(
         save(due=True)
     if checkpoints is not None:
         checkpoints.finish()
-        team.wait()
+        checkpoints.team.wait()
     state.put(state.best_weights)
     if state.optimizer.sharded is not None and checkpoints is not None:
         state.optimizer.sharded = None
         state.model.table = TorchTable(0, 0)  # the parts go before the whole comes
-        if not team.rank:
-            state.model.table = TorchTable.of(read_table(checkpoints.path(state.best_steps)).to(team.device))
-        team.wait()
+        if not checkpoints.team.rank:
+            state.model.table = TorchTable.of(read_table(checkpoints.path(state.best_steps)).to(state.generator.device))
+        checkpoints.team.wait()
 
 
 def _balance(tokens_S: torch.Tensor, team: Team) -> str:
     """How evenly the tokens of each step are dealt, in words; of the first epoch."""
-    slowest, all_S = tokens_S.clone(), team.sum(tokens_S.clone())
-    if team.size > 1:
-        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
-    ratio = float((slowest * team.size / all_S.clamp(min=1)).mean())
+    slowest_S, all_S = tokens_S.clone(), team.sum(tokens_S.clone())
+    torch.distributed.all_reduce(slowest_S, torch.distributed.ReduceOp.MAX)
+    ratio = float((slowest_S * team.size / all_S.clamp(min=1)).mean())
     return f"{team.size} processes, {len(tokens_S)} steps an epoch; the slowest of a step has {ratio:.3f} of the mean's tokens"
 
 
-def refuse_settings(model: ModelSettings, train: TrainSettings, optimizer: OptimizerSettings, device: torch.device) -> None:
-    """Raises RecipeError: settings of two sections that do not go together, or not on this device."""
+def refuse_settings(
+    model: ModelSettings, train: TrainSettings, optimizer: OptimizerSettings, device: torch.device, begins: bool = True
+) -> None:
+    """Raises RecipeError: settings of two sections that do not go together, or not on this device; or not but where training
+    `begins` with a run."""
     if optimizer.table == "adam" and (model.embedding != "torchrec" or device.type == "cpu"):
         raise RecipeError('optimizer.table "adam" is TorchRec\'s on a GPU; take rowwise_adagrad, or same')
     if optimizer.in_parts(model.embedding) and not model.ids:
@@ -389,19 +342,35 @@ def refuse_settings(model: ModelSettings, train: TrainSettings, optimizer: Optim
         raise RecipeError("train.packed needs a GPU, a sasrec or ligr block, and heads at least 16 wide; set it to false")
     if train.windows == "prefixes" and model.objective == "masked":
         raise RecipeError('train.windows "prefixes" has one target at the end, the masked objective has many; take "all"')
+    if train.since and (train.windows == "prefixes" or model.objective == "masked"):
+        raise RecipeError('train.since needs causal windows with many targets; set train.windows to "all", or since to 0')
+    if train.learn != "all" and not begins:
+        raise RecipeError(
+            f'train.learn is "{train.learn}", which needs learnt weights; begin with a run (--start), or set it to "all"'
+        )
+    if train.learn != "all" and not model.ids:
+        raise RecipeError(f'train.learn is "{train.learn}", and without model.ids there is no item table; set it to "all"')
+    if train.learn == "new_rows" and optimizer.in_parts(model.embedding):
+        raise RecipeError('train.learn "new_rows" needs a table in one piece; set optimizer.table to same, or learn to "table"')
 
 
 class Lesson(nn.Module):
     """A batch in, its loss out: what a step differentiates, and what DDP wraps where several processes learn together."""
 
     def __init__(
-        self, model: SequenceModel, settings: TrainSettings, loss: LossSettings, counts_V: torch.Tensor, team: Team = ALONE
+        self,
+        model: SequenceModel,
+        settings: TrainSettings,
+        loss: LossSettings,
+        counts_V: torch.Tensor,
+        team: Team = ALONE,
+        fixed: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model, self.settings, self.loss, self.team = model, settings, loss, team
-        self.counts_V = counts_V
+        self.counts_V, self.fixed = counts_V, fixed
         self._together: nn.Module | None = None
-        if team.size > 1:
+        if team.size > 1 and settings.learn == "all":
             apart = [f"model.{name}" for name, _ in model.named_parameters() if name.startswith("table.")]
             ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             ignore(self, apart)
@@ -420,7 +389,7 @@ class Lesson(nn.Module):
         targets = Targets(batch.targets, drawn, seen)
         with model.table.at_hand(torch.cat([batch.history.values, batch.targets, drawn.rows_S])):
             with _precision(settings.precision, batch.targets.device):
-                exits = model.exits(batch.history, own, asked=batch.asked, positions=line, packed=settings.packed)
+                exits = model(batch.history, own, asked=batch.asked, positions=line, packed=settings.packed)
             places = batch.places if settings.packed else batch.history.places(exits[-1].shape[1])[batch.places]
             states = [states_BTE.flatten(0, 1).index_select(0, places).float() for states_BTE in exits]
             losses = [
@@ -429,12 +398,14 @@ class Lesson(nn.Module):
             ]
         return torch.stack(losses).mean()
 
-    def learn(self, state: State[SequenceModel], batch: TrainingBatch) -> None:
-        """One step: a batch's loss, its gradient, and the change of the weights."""
+    def learn(self, state: State[SequenceModel], batch: TrainingBatch) -> tuple[float, int]:
+        """Make the gradients of a step; returns the sum of its losses and the count of its targets, of all processes."""
         own, alike = self.team.generators(state.generator, self.settings.seed, state.steps)
+        if self.settings.since and batch.asked is not None:
+            new = batch.asked[batch.places] >= self.settings.since
+            batch = replace(batch, places=batch.places[new], targets=batch.targets[new])
         if self.model.settings.objective == "masked":
             batch = mask(batch, self.settings.mask_share, own)
-        state.optimizer.begin(state.steps, state.steps_planned)
         loss = (self._together or self)(batch, own, alike)
         count = len(batch.targets) if batch.counts else 0
         told = self.team.sum(torch.tensor([loss.item() * count, count], dtype=torch.float64))
@@ -446,9 +417,9 @@ class Lesson(nn.Module):
         (loss * share if self.team.size > 1 else loss).backward()
         if self.team.size > 1 and not self.model.table.sharded and self.model.table.weight.grad is not None:
             self.team.sum(self.model.table.weight.grad.div_(self.team.size))
-        state.optimizer.step(state.steps, state.steps_planned)
-        state.loss_sum, state.targets = state.loss_sum + total, state.targets + targets
-        state.step, state.steps = state.step + 1, state.steps + 1
+        if self.fixed is not None and self.model.table.weight.grad is not None:
+            self.model.table.weight.grad[self.fixed] = 0  # of none of the optimisers does a row move without a gradient
+        return total, targets
 
 
 def _seen(batch: TrainingBatch, masked: bool) -> Seen:

@@ -48,14 +48,10 @@ class LossSettings(Settings):
     """Leave out of a target's negatives the items that its state has read, as lists leave them out."""
 
     def __post_init__(self) -> None:
-        if self.kind not in LOSSES:
-            raise ValueError(f"kind must be one of {', '.join(LOSSES)}, found {self.kind!r}")
-        if self.negatives < 1:
-            raise ValueError(f"negatives must be at least 1, found {self.negatives}")
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, found {self.sampling!r}")
-        if not 0 <= self.calibration <= 1:
-            raise ValueError(f"calibration must be from 0 to 1, found {self.calibration}")
+        self._one_of(LOSSES, "kind")
+        self._at_least(1, "negatives")
+        self._one_of(SAMPLINGS, "sampling")
+        self._from_to(0, 1, "calibration")
 
 
 @dataclass(frozen=True)

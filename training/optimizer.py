@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config import Settings
+from recsys.errors import DataError
 
 if TYPE_CHECKING:
+    from recsys.model import SequenceModel
     from training.distributed import ShardedTable
 
 KINDS = ("adamw", "muon", "sgd")
@@ -47,24 +50,38 @@ class OptimizerSettings(Settings):
     """Decay per step of the moving average of the weights, which is validated and published; 0: the weights themselves."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
-        if self.table not in TABLE_KINDS:
-            raise ValueError(f"table must be one of {', '.join(TABLE_KINDS)}, found {self.table!r}")
+        self._one_of(KINDS, "kind")
+        self._one_of(TABLE_KINDS, "table")
         if self.table != "same" and self.ema:
             raise ValueError("ema reads the whole table in every step; set it to 0, or table to same")
-        for name in ("learning_rate", "muon_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
-        for name in ("embedding_learning_rate", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be at least 0 and below 1, found {self.ema}")
+        self._must("be above 0", lambda value: value > 0, ("learning_rate", "muon_learning_rate"))
+        self._at_least(0, "embedding_learning_rate", "warmup_steps", "weight_decay")
+        self._must("be at least 0 and below 1", lambda value: 0 <= value < 1, ("ema",))
 
     def in_parts(self, embedding: str) -> bool:
         """Whether processes hold parts of the table of this backend (model.embedding)."""
         return self.table != "same" and embedding == "torchrec"
+
+
+LEARN = ("all", "table", "new_rows")
+"""Which weights learn: all, those of the item table, or of it the rows of items that the run has not learnt."""
+
+
+def freeze(model: SequenceModel, learn: str, new_R: Tensor) -> Tensor | None:
+    """Let nothing but `learn` be changed; returns the rows of the table whose gradient is to be dropped, None: of no row.
+
+    Raises DataError: no item is new.
+    """
+    if learn == "all":
+        return None
+    for name, parameter in model.named_parameters():
+        if not name.startswith("table."):
+            parameter.requires_grad_(False)
+    if learn == "table":
+        return None
+    if not bool(new_R.any()):
+        raise DataError('train.learn is "new_rows" and the run has learnt every item; set it to "table" or "all"')
+    return (~new_R).nonzero().flatten().to(model.table.device)
 
 
 class Optimizer:
@@ -88,20 +105,18 @@ class Optimizer:
                 matrices.append(parameter)
             else:
                 rest.append(parameter)
-        rate, decay = settings.learning_rate, settings.weight_decay
+        rate, muon = settings.learning_rate, settings.kind == "muon"
+        peak = settings.muon_learning_rate if muon else rate
+        decaying = {"params": matrices, "peak": peak, "weight_decay": settings.weight_decay}
         groups: list[dict[str, Any]] = [
             {"params": rest, "peak": rate, "weight_decay": 0.0},
             {"params": table, "peak": self.table_peak, "weight_decay": 0.0},
+            *([] if muon else [decaying]),
         ]
-        self.parts: list[torch.optim.Optimizer] = []
-        if settings.kind == "muon":
-            self.parts.append(Muon([{"params": matrices, "peak": settings.muon_learning_rate, "weight_decay": decay}]))
-        else:
-            groups.append({"params": matrices, "peak": rate, "weight_decay": decay})
-        if settings.kind == "sgd":
-            self.parts.append(torch.optim.SGD(groups, lr=rate))
-        else:
-            self.parts.insert(0, torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True))
+        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.98), fused=True)
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.SGD(groups) if settings.kind == "sgd" else adamw(groups)]
+        if muon:
+            self.parts.append(Muon([decaying], {"momentum": 0.95}))
         if items and sharded is None:
             self.parts.append(_of_table(settings.table, [{"params": items, "peak": self.table_peak}]))
         self.average = [p.detach().clone() for p in model.parameters()] if settings.ema else []
@@ -157,35 +172,28 @@ class Optimizer:
         """Go on as the optimiser whose state this is."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-        with torch.no_grad():
-            for average, saved in zip(self.average, state["average"], strict=True):
-                average.copy_(saved)
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
 
 
 def _of_table(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser of a table in one piece."""
     if kind == "rowwise_adagrad":
-        return RowwiseAdagrad(groups)
+        return RowwiseAdagrad(groups, {})
     return torch.optim.SGD(groups) if kind == "sgd" else torch.optim.Adagrad(groups, eps=EPSILON)
 
 
 class RowwiseAdagrad(torch.optim.Optimizer):
     """Adagrad (Duchi et al. 2011) with one number a row, the sum of its gradients' mean squares; as in fbgemm."""
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {})
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has overloads
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives one
         for group in self.param_groups:
             for table in (table for table in group["params"] if table.grad is not None):
                 if not self.state[table]:
                     self.state[table]["squares"] = table.new_zeros(len(table), 1)
                 squares_V1 = self.state[table]["squares"].add_(table.grad.square().mean(1, keepdim=True))
                 table.addcdiv_(table.grad, squares_V1.sqrt() + EPSILON, value=-group["lr"])
-        return loss
 
 
 class Muon(torch.optim.Optimizer):
@@ -194,13 +202,8 @@ class Muon(torch.optim.Optimizer):
     torch's own multiplies bfloat16, a quarter of a training step where the CPU does not.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95) -> None:
-        super().__init__(groups, {"momentum": momentum})
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch has overloads
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives one
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -212,14 +215,13 @@ class Muon(torch.optim.Optimizer):
                 change = orthogonal(matrix.grad.lerp(kept, group["momentum"]))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(change, alpha=group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
-        return loss
 
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients a, b, c of X ← (a + b XXᵀ + c (XXᵀ)²) X: after five times singular values lie around 1 (Jordan et al. 2024)."""
+NEWTON_SCHULZ, STEPS = (3.4445, -4.7750, 2.0315), 5
+"""Coefficients a, b, c of X ← (a + b XXᵀ + c (XXᵀ)²) X: after STEPS times singular values lie around 1 (Jordan et al. 2024)."""
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """U Vᵀ of the matrix U S Vᵀ, nearly, of the same shape.
 
     The steps multiply Gram matrices of the smaller side, for XXᵀ commutes with what multiplies X: half the work.
@@ -229,7 +231,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     gram = wide @ wide.T
     product = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    for _ in range(steps):
+    for _ in range(STEPS):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product, gram = factor @ product, factor @ gram @ factor

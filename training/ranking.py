@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,8 +21,9 @@ from recsys.errors import RecipeError, RecsysError
 from recsys.metrics import MISSED, measure
 from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import Companions, Known, Look, Ranker, RankerSettings
+from training.checkpoint import Checkpoints
 from training.data import EpochBatches, TrainingBatch
-from training.loop import Observation, Schedule, State, run
+from training.loop import Observation, State, run
 from training.optimizer import Optimizer, OptimizerSettings
 from training.validate import histories
 
@@ -58,9 +59,7 @@ class RankingSettings(Settings):
     """Decay of the blocks' matrices, per unit of rate."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "requests", "hard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        self._at_least(1, "epochs", "patience", "requests", "hard")
         if self.uniform < 0 or self.weight_decay < 0 or not self.learning_rate > 0:
             raise ValueError("uniform and weight_decay must not be negative, and learning_rate above 0")
 
@@ -73,15 +72,13 @@ def fit_ranker(
     learning: RankingSettings,
     seed: int,
     *,
-    checkpoint: Path | None = None,
-    key: str = "",
-    checkpoint_seconds: float = 60.0,
+    checkpoints: Checkpoints | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
 ) -> tuple[State[Ranker], Companions | None, list[dict[str, float]]]:
     """Learn to rank what the trained model retrieves; the model itself stays as it is. With the ranker comes its curve.
 
-    `events` are the training events of each item that the model has a vector for. Goes on where `checkpoint` exists, as
-    `training.loop.fit`. Raises RecipeError: as refuse_ranker.
+    `events` are the training events of each item that the model has a vector for. Goes on from `checkpoints` as
+    `training.loop.fit` does. Raises RecipeError: as refuse_ranker.
     """
     refuse_ranker(model.settings, settings)
     device = model.table.device
@@ -96,22 +93,18 @@ def fit_ranker(
         known = Known(model.item_vectors(), events_V.to(device).log1p(), model.items, model.content)
     lesson = _Lesson(model, known, Owned(learnable, device), learning)
 
-    def batches(epoch: int) -> EpochBatches:
-        return EpochBatches(learnable, model.settings.length, TOKENS, seed + 1, epoch)
-
     def judge() -> dict[str, float]:
         curve = ranker_curve(model, ranker, known, sequences)
         return {**curve[-1], "retrieved_ndcg@10": curve[0]["ndcg@10"]} if curve else {}
 
     run(
         state,
-        Schedule(learning.epochs, learning.patience),
-        batches,
-        lambda batch: lesson.learn(state, batch.to(device)),
+        partial(EpochBatches, learnable, model.settings.length, TOKENS, seed + 1),
+        partial(lesson.learn, state),
         judge,
-        checkpoint=checkpoint,
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        epochs=learning.epochs,
+        patience=learning.patience,
+        checkpoints=checkpoints,
         observe=observe,
         part="ranker",
     )
@@ -135,14 +128,14 @@ class _Lesson:
     owned: Owned
     settings: RankingSettings
 
-    def learn(self, state: State[Ranker], batch: TrainingBatch) -> None:
-        """One step: cross-entropy of the next item over the catalogue, estimated from a few candidates of two strata.
+    def learn(self, state: State[Ranker], batch: TrainingBatch) -> tuple[float, int]:
+        """Make a step's gradients: cross-entropy of the next item, estimated from a few candidates of two strata.
 
         Some are drawn of the best of retrieval, some of all other items, and each counts as often as its stratum is larger than
         what was drawn of it. (With the best alone the ranker learns that what stands below them all must be the target: it
         halves NDCG.) No candidate is an item that the user has anywhere in the training part, so none is a future target.
         """
-        model, settings, generator = self.model, self.settings, state.generator
+        model, settings, ranker, generator = self.model, self.settings, state.model.settings, state.generator
         with torch.no_grad():
             states_BTE, view = model.read_all(batch.history, batch.asked)
         chosen = latest(batch, settings.requests)
@@ -153,10 +146,9 @@ class _Lesson:
         for part in torch.split(torch.arange(len(chosen), device=places.device), REQUESTS):
             states_PE = model.place(states_BTE[owners_P[part], ends_P[part]])
             users_P, targets_P = batch.users[owners_P[part]], batch.targets[chosen[part]]
-            found = self._candidates(states_PE, users_P, targets_P, state.model.settings, generator)
-            rows_PN, ranks_PN, odds_PN, best_P1 = found
+            rows_PN, ranks_PN, odds_PN, best_P1 = self._candidates(states_PE, users_P, targets_P, ranker, generator)
             scores_PN = (self.known.vectors(rows_PN) * states_PE[:, None]).sum(-1)
-            look = Look.at(states_BTE, view, owners_P[part], ends_P[part], state.model.settings.span)
+            look = Look.at(states_BTE, view, owners_P[part], ends_P[part], ranker.span)
             own_P = torch.zeros_like(targets_P)
             logits = state.model(self.known, rows_PN, scores_PN, ranks_PN, look, own_P, generator, best_B1=best_P1)
             losses = [F.cross_entropy(logits_PN + odds_PN, own_P) for logits_PN in logits]
@@ -165,9 +157,7 @@ class _Lesson:
                 raise RecsysError(f"the ranker's loss became {loss.item()} in step {state.steps}; lower ranking.learning_rate")
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item() * len(chosen)
-        state.optimizer.step(state.steps, state.steps_planned)
-        state.loss_sum, state.targets = state.loss_sum + total, state.targets + len(chosen)
-        state.step, state.steps = state.step + 1, state.steps + 1
+        return total, len(chosen)
 
     @torch.no_grad()
     def _candidates(
@@ -216,7 +206,7 @@ class Owned:
     """The distinct items that each user has in the training part."""
 
     def __init__(self, learnable: Sequences, device: torch.device) -> None:
-        train = gather(learnable.items, learnable.times, *learnable.windows("train")[:2])
+        train = learnable.histories("train")
         self.keys = torch.unique(train.owners << 32 | train.values).to(device)
 
     def hit(self, users_P: Tensor, rows_PN: Tensor) -> Tensor:

@@ -21,24 +21,25 @@ from safetensors.torch import save_file
 
 from features.dataset import Dataset
 from features.download import cache_folder
-from recsys import __version__
-from recsys.bundle import MANIFEST, Directory, Writer, open_directory, publish, write_file
+from recsys.bundle import MANIFEST, MODEL, Directory, Writer, open_directory, publish, write_file
 from recsys.config import Settings
 from recsys.content import CONTENT, ENCODER, Content, ContentEncoder
 from recsys.errors import RecipeError, RecsysError
 from recsys.model import WEIGHTS, ModelSettings, SequenceModel, model_from
+from recsys.progress import Count
 from recsys.ranker import COMPANIONS, RANKER, RankerSettings
-from recsys.text import Progress, TextSettings
+from recsys.text import TextSettings
 from recsys.tracking import Tracking
+from recsys.version import __version__
+from training.checkpoint import Checkpoints
 from training.loop import Observation, TrainSettings, fit, refuse_settings
 from training.losses import LossSettings
 from training.optimizer import OptimizerSettings
 from training.ranking import RankingSettings, fit_ranker, refuse_ranker
-from training.start import begin_with, refuse_start
-from training.team import Team, joined
+from training.start import ANY, begin_with, refuse_other
+from training.team import joined
 from training.validate import depth_curve
 
-MODEL = "model"
 CHECKPOINT = "checkpoint"
 RANKER_CHECKPOINT = "checkpoint-ranker"
 CURVE = "curve.jsonl"
@@ -59,7 +60,7 @@ def train(
     base: Path | None = None,
     start: Path | None = None,
     observe: Callable[[Observation], None] = lambda observation: None,
-    progress: Progress | None = None,
+    progress: Count | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Directory:
     """Train by a resolved recipe and publish RUN/model; where `out` holds an interrupted run of the same, go on with it.
@@ -77,8 +78,8 @@ def train(
     start_id = "" if begun is None else str(begun.manifest["id"])
     key = run_key(recipe, digest, base_id, start_id)
     if begun is not None and start is not None:
-        refuse_start(begun, recipe, start)
-    refuse_recipe(recipe, device, base is not None)
+        refuse_other(begun, recipe, (ModelSettings, TextSettings), start, "--start", ANY)
+    refuse_recipe(recipe, device, base is not None, start is not None)
     parts = OptimizerSettings(**recipe[OptimizerSettings.section]).in_parts(recipe[ModelSettings.section]["embedding"])
     with joined(device, parts) as team:
         if base is not None and team.size > 1:
@@ -87,7 +88,7 @@ def train(
             return open_directory(out / MODEL)
         on = f"{key} on {device.type}"
         if team.rank:
-            _learn(dataset, recipe, team, begun, out / CHECKPOINT, on, observe, progress, tell)
+            _learn(dataset, recipe, begun, Checkpoints(out / CHECKPOINT, on, team), observe, progress, tell)
             team.wait()
             return open_directory(out / MODEL, verify=False)
         taken = None if base is None else _taken(base, dataset, recipe, device)  # refused before anything is written
@@ -111,9 +112,9 @@ def train(
                     tracking.metrics({prefix + name: value for name, value in {**curve, **figures}.items()}, observation.epoch)
                 observe(observation)
 
-            learnt = taken or _learn(dataset, recipe, team, begun, out / CHECKPOINT, on, watch, progress, tell)
+            learnt = taken or _learn(dataset, recipe, begun, Checkpoints(out / CHECKPOINT, on, team), watch, progress, tell)
             if recipe.get(RankerSettings.section, {}).get("blocks"):
-                _rank(learnt, dataset, recipe, out / RANKER_CHECKPOINT, on, watch)
+                _rank(learnt, dataset, recipe, Checkpoints(out / RANKER_CHECKPOINT, on), watch)
             write_file(out / CURVE, "".join(json.dumps(line) + "\n" for line in learnt.curve).encode())
             clock = {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -146,22 +147,23 @@ def train(
         return model
 
 
-def refuse_recipe(recipe: Recipe, device: torch.device, ranker_alone: bool = False) -> None:
+def refuse_recipe(recipe: Recipe, device: torch.device, ranker_alone: bool = False, begins: bool = True) -> None:
     """Raises RecipeError, or SetupError: settings that do not go together, or not here."""
     if recipe.get("depth", {}).get("blocks") and not recipe[ModelSettings.section]["early_exit"]:
         raise RecipeError("depth.blocks is set without model.early_exit; set both, or neither")
     if recipe.get(RankerSettings.section, {}).get("blocks"):
-        refuse_ranker(ModelSettings(**recipe[ModelSettings.section]), RankerSettings(**recipe[RankerSettings.section]))
+        refuse_ranker(*_settings(recipe, ModelSettings, RankerSettings))
     elif ranker_alone:
         raise RecipeError(
             "a model is taken and ranker.blocks is 0, so nothing is left to learn; set ranker.blocks to 1 or more"
         )
-    refuse_settings(
-        ModelSettings(**recipe[ModelSettings.section]),
-        TrainSettings(**recipe[TrainSettings.section]),
-        OptimizerSettings(**recipe[OptimizerSettings.section]),
-        device,
-    )
+    model, schedule, optimizer = _settings(recipe, ModelSettings, TrainSettings, OptimizerSettings)
+    refuse_settings(model, schedule, optimizer, device, begins)
+
+
+def _settings(recipe: Recipe, *owners: type[Settings]) -> list[Any]:
+    """What a resolved recipe says to each of the owners."""
+    return [owner(**recipe[owner.section]) for owner in owners]
 
 
 @dataclass
@@ -181,34 +183,27 @@ class _Learnt:
 def _learn(
     dataset: Dataset,
     recipe: Recipe,
-    team: Team,
     start: Directory | None,
-    checkpoint: Path,
-    key: str,
+    checkpoints: Checkpoints,
     observe: Callable[[Observation], None],
-    progress: Progress | None,
+    progress: Count | None,
     tell: Callable[[str], None],
 ) -> _Learnt:
-    """Train the sequence model, as one process of a team."""
-    encoder, content = None, None
+    """Train the sequence model, as one process of the checkpoints' team."""
+    team, encoder, content = checkpoints.team, None, None
     sequences = dataset.sequences if team.size == 1 else dataset.share(team.rank, team.size)
     if recipe[ModelSettings.section]["text"] != "none":
         fitted = None if start is None else ContentEncoder.load(start.path / ENCODER)
         encoder, content = read_content(dataset, TextSettings(**recipe[TextSettings.section]), progress, fitted)
-    train = TrainSettings(**recipe[TrainSettings.section])
+    seed = recipe[TrainSettings.section]["seed"]
     state = fit(
         sequences,
         dataset.manifest["warm_items"],
-        ModelSettings(**recipe[ModelSettings.section]),
-        train,
-        LossSettings(**recipe[LossSettings.section]),
-        OptimizerSettings(**recipe[OptimizerSettings.section]),
-        TextSettings(**recipe[TextSettings.section]),
+        *_settings(recipe, *DECISIVE),
         content=content,
-        start=None if start is None else partial(begin_with, run=start, dataset=dataset, seed=train.seed),
+        start=None if start is None else partial(begin_with, run=start, dataset=dataset, seed=seed),
         team=team,
-        checkpoint=checkpoint,
-        key=key,
+        checkpoints=checkpoints,
         observe=observe,
         tell=tell,
     )
@@ -231,15 +226,9 @@ def _learn(
 def _taken(base: Path, dataset: Dataset, recipe: Recipe, device: torch.device) -> _Learnt:
     """The sequence model of a finished run. Raises RecsysError: it is of another data set, or other settings decide it."""
     directory = open_directory(base / MODEL)
-    theirs = directory.manifest["recipe"]
     if directory.manifest["dataset"]["hash"] != dataset.manifest["hash"]:
         raise RecsysError(f"{base}: learnt from another data set; give that one, or train without --model")
-    for owner in DECISIVE:
-        for name, value in recipe[owner.section].items():
-            found = theirs[owner.section].get(name)
-            if json.dumps(found) != json.dumps(value):
-                here = f"{owner.section}.{name} is {found!r} there and {value!r} here"
-                raise RecsysError(f"{base}: {here}; set it alike, or train without --model")
+    refuse_other(directory, recipe, DECISIVE, base, "--model")
     about = {name: directory.manifest[name] for name in ABOUT if name in directory.manifest}
     writers: dict[str, Writer] = {
         file: partial(shutil.copyfile, directory.path / file)
@@ -254,19 +243,19 @@ ABOUT = ("items", "parameters", "best_epoch", "quality", "depth_curve", "items_w
 
 
 def _rank(
-    learnt: _Learnt, dataset: Dataset, recipe: Recipe, checkpoint: Path, key: str, observe: Callable[[Observation], None]
+    learnt: _Learnt, dataset: Dataset, recipe: Recipe, checkpoints: Checkpoints, observe: Callable[[Observation], None]
 ) -> None:
     """Learn the ranker of the sequence model, and add it to what has been learnt."""
     events_V = torch.tensor(dataset.items["events"].to_numpy(), dtype=torch.float32)
+    ranker, learning = _settings(recipe, *RANKING)
     state, companions, curve = fit_ranker(
         learnt.model,
         dataset.sequences,
         events_V,
-        RankerSettings(**recipe[RankerSettings.section]),
-        RankingSettings(**recipe[RankingSettings.section]),
+        ranker,
+        learning,
         recipe[TrainSettings.section]["seed"],
-        checkpoint=checkpoint,
-        key=key,
+        checkpoints=checkpoints,
         observe=observe,
     )
     weights = {name: value.detach().cpu().contiguous() for name, value in state.model.state_dict().items()}
@@ -282,7 +271,7 @@ def _rank(
 
 
 def read_content(
-    dataset: Dataset, settings: TextSettings, progress: Progress | None = None, fitted: ContentEncoder | None = None
+    dataset: Dataset, settings: TextSettings, progress: Count | None = None, fitted: ContentEncoder | None = None
 ) -> tuple[ContentEncoder, Content]:
     """The encoder, fitted on the items with training events where none is given, and what it makes of all items."""
     described, cache, learnt = dataset.described, cache_folder() / "text.sqlite", dataset.manifest["warm_items"]
@@ -334,15 +323,22 @@ RANKING: tuple[type[Settings], ...] = (RankerSettings, RankingSettings)
 """What `fit_ranker` takes; they decide a run that has a ranker."""
 
 
-def _begun(out: Path, key: str, tracking: Tracking) -> bool:
-    """Whether `out` holds this very run; takes up its MLflow run."""
+def is_begun(out: Path, mark: str, what: str) -> bool:
+    """Whether `out`, which is made where it is not there, has the file `mark` of a run or search. Raises RecsysError: it holds
+    anything else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another place for the run") from None
-    if not (out / RUN).is_file():
-        if any(out.iterdir()):
-            raise RecsysError(f"{out}: holds other files and no run; give another place for the run")
+        raise RecsysError(f"{out}: cannot be made ({error.strerror}); give another place for the {what}") from None
+    there = (out / mark).is_file()
+    if not there and any(out.iterdir()):
+        raise RecsysError(f"{out}: holds other files and no {what}; give another place for the {what}")
+    return there
+
+
+def _begun(out: Path, key: str, tracking: Tracking) -> bool:
+    """Whether `out` holds this very run; takes up its MLflow run."""
+    if not is_begun(out, RUN, "run"):
         return False
     try:
         found = json.loads((out / RUN).read_text(encoding="utf-8"))

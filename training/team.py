@@ -115,8 +115,7 @@ def joined(device: torch.device, together: bool = False) -> Iterator[Team]:
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
+        if local >= (found := torch.cuda.device_count()):
             raise SetupError(f"process {local} of this machine finds {found} GPUs; start at most as many processes as GPUs")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from recsys.batch import FIRST_ITEM, Batch, Sequences, gather, group_by_length
+from recsys.batch import FIRST_ITEM, Batch, Sequences, gather, group_by_length, spread
 from recsys.metrics import MISSED, measure_users, new_targets, target_ranks
 from recsys.model import SequenceModel
 from training.team import ALONE, Team
@@ -29,15 +29,13 @@ NEVER, ALWAYS = 2.0, -2.0
 LEAVING = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the histories at a block that leave after it, of which the curve of quality against cost is made."""
 
-Encode = Callable[[Batch, Tensor], Tensor]
-
 
 @torch.no_grad()  # TorchRec's look-ups refuse inference mode
 def validate(
     model: SequenceModel,
     sequences: Sequences,
     split: str = "validation",
-    encode: Encode | None = None,
+    encode: Callable[[Batch, Tensor], Tensor] | None = None,
     *,
     users: int = 0,
     team: Team = ALONE,
@@ -128,7 +126,7 @@ def depth_curve(model: SequenceModel, sequences: Sequences) -> list[dict[str, An
     for history, future in histories(model, sequences, "validation"):
         batch, asked = model.asked(history, future.times[future.offsets[:-1]])
         last = torch.arange(len(batch), device=batch.values.device), batch.lengths - 1
-        states = [states_BTE[last] for states_BTE in model.exits(batch, asked=asked)]
+        states = [states_BTE[last] for states_BTE in model(batch, asked=asked)]
         alike.append(torch.stack([cosine_similarity(a, b) for a, b in itertools.pairwise(states[:-1])], 1))
     if not alike:
         return []
@@ -153,8 +151,8 @@ def histories(model: SequenceModel, sequences: Sequences, split: str, most: int 
     At most `most` users, evenly chosen.
     """
     begins_U, ends_U, target_ends_U = sequences.windows(split)
-    users_U = torch.nonzero((ends_U > begins_U) & (target_ends_U > ends_U)).flatten()
-    users_U = users_U[torch.arange(min(most, len(users_U))) * len(users_U) // max(1, min(most, len(users_U)))]
+    users_U = sequences.judged(split)
+    users_U = users_U[spread(len(users_U), most)]
     users_U = users_U[torch.argsort(ends_U[users_U] - begins_U[users_U], stable=True)]
     lengths_U = (ends_U - begins_U)[users_U].clamp(max=model.settings.length)
     items = min(model.lines, BLOCK) if model.table.sharded else model.lines

@@ -42,16 +42,12 @@ class Baseline(Protocol):
 
 
 class Ranked:
-    """A baseline as a lister; where `among_V` is given, of those items alone."""
+    """A baseline as a lister; where `among_V` is given, bool of each item of the catalogue, of those items alone."""
 
     reads_now = False
 
     def __init__(self, baseline: Baseline, among_V: Tensor | None = None) -> None:
         self.baseline, self.among_V = baseline, among_V
-
-    def among(self, among_V: Tensor) -> Ranked:
-        """The same of some items alone; bool, one for each item of the catalogue."""
-        return Ranked(self.baseline, among_V)
 
     def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
         """The k best items for each history."""
@@ -75,8 +71,7 @@ class Popularity:
     """The most popular items of the training part, for everybody."""
 
     def __init__(self, sequences: Sequences, items: int) -> None:
-        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
-        self.counts_V = torch.bincount(train.values, minlength=FIRST_ITEM + items)[FIRST_ITEM : FIRST_ITEM + items].float()
+        self.counts_V = sequences.training_counts(items).float()
 
     def scores(self, histories: Batch) -> Tensor:
         return self.counts_V.repeat(len(histories), 1)
@@ -87,7 +82,7 @@ class RecentPopularity:
     training events span."""
 
     def __init__(self, sequences: Sequences, items: int, half_span: float) -> None:
-        train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
+        train = sequences.histories("train")
         last, first = (int(train.times.max()), int(train.times.min())) if len(train.times) else (0, 0)
         weights_N = 0.5 ** ((last - train.times).double() / max(1.0, half_span * (last - first)))
         rows = FIRST_ITEM + items
@@ -143,14 +138,10 @@ def ease(sequences: Sequences, items: int) -> Any:
 
     Of the LARGEST most popular items alone: the others score nothing.
     """
-    from scipy.sparse import coo_matrix
-
     items = min(items, LARGEST)
-    train = gather(sequences.items, sequences.times, *sequences.windows("train")[:2])
-    known_N = (train.values >= FIRST_ITEM) & (train.values < FIRST_ITEM + items)
-    cells_N = torch.unique(train.owners[known_N] * items + train.values[known_N] - FIRST_ITEM)
-    places = ((cells_N // items).numpy(), (cells_N % items).numpy())
-    had_UV = coo_matrix((np.ones(len(cells_N), np.float32), places), shape=(sequences.users, items)).tocsr()
+    train = sequences.histories("train")
+    had_UV = _sparse(train, torch.ones(len(train.values)), items)
+    had_UV.data[:] = 1
     gram_VV = torch.from_numpy((had_UV.T @ had_UV).toarray())
     gram_VV.diagonal().add_(RIDGE)
     inverse_VV = torch.cholesky_inverse(torch.linalg.cholesky(gram_VV))

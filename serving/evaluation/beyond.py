@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
-from recsys.batch import PADDING, Sequences, gather
+from recsys.batch import PADDING, Sequences
 
 DIRECTIONS = 32
 """Of an item, by which two items are alike or not."""
@@ -40,9 +40,9 @@ class Beyond:
         """`counts_R` are training events of item rows, `rows_D` the items that may be shown, `users_U` who gets the lists."""
         self.counts_R, self.rows_D = counts_R.double(), rows_D
         self.ways_RD = directions(sequences, counts_R)
-        begins_U, ends_U, _ = sequences.windows(split)
-        histories = gather(sequences.items, sequences.times, begins_U[users_U], ends_U[users_U])
-        popular_U = _sums(self.counts_R[histories.values], histories.offsets) / histories.lengths.clamp(min=1)
+        histories = sequences.histories(split, users_U)
+        popular_U = torch.bincount(histories.owners, self.counts_R[histories.values], len(histories))
+        popular_U /= histories.lengths.clamp(min=1)
         self.had = float(popular_U.mean())
         chances_R = (self.counts_R + 1) / (self.counts_R.sum() + len(rows_D))
         self.bits_R = -torch.log2(chances_R)
@@ -100,9 +100,7 @@ def directions(sequences: Sequences, counts_R: Tensor) -> Tensor:
     from scipy.sparse import coo_matrix
     from sklearn.utils.extmath import randomized_svd
 
-    begins_U, ends_U, _ = sequences.windows("train")
-    some_U = torch.arange(0, len(begins_U), max(1, -(-len(begins_U) // LEARNT_FROM)))
-    train = gather(sequences.items, sequences.times, begins_U[some_U], ends_U[some_U])
+    train = sequences.histories("train", torch.arange(0, sequences.users, max(1, -(-sequences.users // LEARNT_FROM))))
     learnt_N = counts_R[train.values] > 0
     places = (train.owners[learnt_N].numpy(), train.values[learnt_N].numpy())
     had_UR = coo_matrix((torch.ones(int(learnt_N.sum())).numpy(), places), shape=(len(train), len(counts_R))).tocsr()
@@ -113,8 +111,3 @@ def directions(sequences: Sequences, counts_R: Tensor) -> Tensor:
     _, singular_D, right_DR = randomized_svd(had_UR, size, random_state=0)
     ways_RD = normalize(torch.from_numpy((right_DR * singular_D[:, None]).T.copy()).float(), dim=1)
     return ways_RD.masked_fill((counts_R == 0)[:, None], 0)
-
-
-def _sums(values_N: Tensor, offsets: Tensor) -> Tensor:
-    total = torch.cat([values_N.new_zeros(1), values_N.cumsum(0)])
-    return total[offsets[1:]] - total[offsets[:-1]]

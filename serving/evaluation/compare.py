@@ -17,14 +17,12 @@ from recsys.bundle import publish
 from recsys.errors import RequestError
 from serving.evaluation import numbers
 from serving.evaluation.report import MANIFEST, Report
-from serving.evaluation.statistics import Floats, Paired, compare_seeds, holm, known, minimal_detectable
+from serving.evaluation.statistics import Floats, Paired, compare_seeds, holm, minimal_detectable, minimal_difference
 
 if TYPE_CHECKING:
     import polars as pl
 
 COMPARISON = "comparison.json"
-POWER = 0.8
-"""Chance with which the minimal detectable difference is found."""
 MODEL = "model"
 """The lister of a report that is compared."""
 TOLD = ("name", "text", "request_time")
@@ -84,7 +82,7 @@ class Comparison:
     @property
     def detectable(self) -> float:
         """The difference that a comparison such as this one finds 4 times of 5."""
-        return minimal_detectable(self.found.sd, self.found.users, 1 - self.level, POWER)
+        return minimal_detectable(self.found.sd, self.found.users, 1 - self.level)
 
     @property
     def verdict(self) -> str:
@@ -110,8 +108,6 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON: `a` is the first side, `b` the second, differences are b less a."""
         sides = zip(("a", "b"), self.names, self.bundles, strict=True)
-        share = self.detectable / self.found.first if self.found.first else float("nan")
-        least = {"difference": known(self.detectable), "relative": known(share)}
         return {
             "kind": "comparison",
             **{side: {"name": name, "bundles": list(ids), "seeds": len(ids)} for side, name, ids in sides},
@@ -122,7 +118,7 @@ class Comparison:
             "level": self.level,
             "verdict": self.verdict,
             "better": self.better,
-            "mdd": {**least, "power": POWER, "alpha": round(1 - self.level, 6)},
+            "mdd": minimal_difference(self.detectable, self.found.first, self.level),
             "won": self.found.wins,
             "lost": self.found.losses,
             "equal": self.found.users - self.found.wins - self.found.losses,
@@ -172,7 +168,7 @@ def compare(
     lists = {
         name: (_mean(figures[0], name), _mean(figures[1], name))
         for name in figures[0][0]
-        if name not in metrics and all(_number(each.get(name)) for side in figures for each in side)
+        if name not in metrics and all(each.get(name, {}).get("mean") is not None for side in figures for each in side)
     }
     return Comparison(
         names,
@@ -188,7 +184,7 @@ def compare(
             for (part, found), p in zip(parts, adjusted, strict=True)
         ],
         _notes(first, second, names, metric, bool(parts)),
-        (_leaks(first), _leaks(second)),
+        (leaks_of(first), leaks_of(second)),
     )
 
 
@@ -200,6 +196,11 @@ def reports_of(path: Path) -> list[Report]:
             f"{path}: no {MANIFEST} there; give what `recsys evaluate --out` wrote, or a folder of several seeds'"
         )
     return [Report.open(folder) for folder in folders]
+
+
+def leaks_of(reports: Sequence[Report]) -> list[str]:
+    """Checks that found leaks."""
+    return sorted({name for report in reports for name in report.manifest["leaks"]["found"]})
 
 
 def _check_same(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> None:
@@ -249,14 +250,6 @@ def _column(frame: pl.DataFrame, name: str) -> Floats:
 
 def _mean(figures: Sequence[Mapping[str, Any]], name: str) -> float:
     return float(np.mean([each[name]["mean"] for each in figures]))
-
-
-def _number(figure: Any) -> bool:
-    return isinstance(figure, Mapping) and isinstance(figure.get("mean"), int | float)
-
-
-def _leaks(side: Sequence[Report]) -> list[str]:
-    return sorted({name for report in side for name in report.manifest["leaks"]["found"]})
 
 
 def _notes(first: Sequence[Report], second: Sequence[Report], names: tuple[str, str], metric: str, sliced: bool) -> list[str]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from serving.evaluation.numbers import Estimate, decimal, percent
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 4.4
@@ -42,7 +41,7 @@ class Row:
 
     name: str
     note: str
-    estimate: Estimate | None
+    estimate: Estimate
     other: float | None = None
     strong: bool = True
     """Filled; else hollow."""
@@ -70,9 +69,8 @@ def against_k(metric: str, model: Mapping[int, Estimate], others: Mapping[str, M
         axes.set_xscale("log")
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda number, _: _tick(number))
-        _label(axes, "k (items in the list)", f"{metric}@k (0 to 1)")
+        axes.set(ylim=(0, None), xlabel="k (items in the list)", ylabel=f"{metric}@k (0 to 1)")
         lines, names = axes.get_legend_handles_labels()
         figure.legend([lines[-1], *lines[:-1]], [names[-1], *names[:-1]], loc="outside lower center", ncols=2)
 
@@ -88,8 +86,6 @@ def forest(by: str, axis: str, rows: Sequence[Row], names: tuple[str, str] = ("m
             axes.axvline(0, color=QUIET, linewidth=1.2, zorder=2)
         label: str | None = names[0]
         for place, row in enumerate(rows):
-            if row.estimate is None:
-                continue
             if len(row.estimate.numbers) == 3:
                 axes.plot(row.estimate.numbers[1:], [place] * 2, color=MODEL, linewidth=2.2, zorder=3)
             fill = MODEL if row.strong else CARD
@@ -101,40 +97,37 @@ def forest(by: str, axis: str, rows: Sequence[Row], names: tuple[str, str] = ("m
             look = {"marker": "D", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
             axes.plot(*zip(*at, strict=True), **look, color=OTHERS[0], label=names[1], zorder=5)
         axes.set_yticks(range(len(rows)), [_lines(row.name, row.note) for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.08)
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda number, _: _tick(number))
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        _label(axes, axis, textwrap.fill(short(by, 40), 8 + 6 * len(rows)))
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=axis, ylabel=textwrap.fill(short(by, 40), 8 + 6 * len(rows)))
         if at:
             figure.legend(loc="outside upper center", ncols=2)
 
     return _svg(f"{by} {axis}", 1.15 + sum(0.22 + 0.13 * _lines(row.name, row.note).count("\n") for row in rows), draw)
 
 
-def shares(groups: Sequence[tuple[str, str]], bars: Mapping[str, Sequence[float | None]]) -> str:
+def shares(groups: Sequence[tuple[str, str]], bars: Mapping[str, Sequence[float]]) -> str:
     """Shares of each group (name, note) as bars side by side, each with its number."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        thick, most = 0.8 / len(bars), max((share for each in bars.values() for share in each if share), default=1.0)
-        looks = [("", REST), ("///", OTHERS[0]), ("", MODEL)][-len(bars) :]
+        thick, most = 0.8 / len(bars), max(max(each) for each in bars.values())
+        looks = [("", REST), ("///", OTHERS[0]), ("", MODEL)]
         for number, (name, values) in enumerate(bars.items()):
             hatch, colour = looks[number]
             places = [place + (number - (len(bars) - 1) / 2) * thick for place in range(len(groups))]
             fill: dict[str, Any] = {"facecolor": CARD if hatch else colour, "edgecolor": colour, "hatch": hatch}
-            axes.barh(places, [100 * (share or 0) for share in values], thick * 0.86, label=name, **fill)
+            axes.barh(places, [100 * share for share in values], thick * 0.86, label=name, **fill)
             for place, share in zip(places, values, strict=True):
-                if share is not None:
-                    axes.annotate(percent(share), (100 * share, place), (3, 0), textcoords="offset points", va="center")
+                axes.annotate(percent(share), (100 * share, place), (3, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(groups)), [_lines(name, note) for name, note in groups])
-        axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.set_xlim(0, 100 * most * 1.22)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
-        _label(axes, "share (%)", "items by their events in training")
+        axes.set(xlim=(0, 100 * most * 1.22), ylim=(len(groups) - 0.5, -0.5))
+        axes.set(xlabel="share (%)", ylabel="items by their events in training")
         figure.legend(loc="outside upper center", ncols=len(bars))
 
     return _svg("popularity", 1.1 + 0.58 * len(groups), draw)
@@ -157,50 +150,41 @@ def reliability(bins: Sequence[tuple[float, Estimate]]) -> str:
             axes.plot([100 * predicted] * len(ends), ends, color=MODEL, linewidth=2.2, zorder=3)
         at = [100 * predicted for predicted, _ in bins], [max(100 * observed.mean, floor) for _, observed in bins]
         axes.plot(*at, color=MODEL, marker="o", markersize=5.5, linestyle="none", label="model, with 95 % interval", zorder=4)
-        if wide:
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-        axes.set_xlim(floor, top)
-        axes.set_ylim(floor, top)
+        scale = "log" if wide else "linear"
+        axes.set(xscale=scale, yscale=scale, xlim=(floor, top), ylim=(floor, top))
         for side in (axes.xaxis, axes.yaxis):
             if wide:
                 subs = (1, 2, 5) if top < 1000 * floor else (1,)
                 side.set_major_locator(LogLocator(subs=subs))
                 side.set_minor_locator(NullLocator())
             side.set_major_formatter(lambda number, _: f"{number:g}")
-        _label(axes, "predicted probability (%)", "observed share (%)")
+        axes.set(xlabel="predicted probability (%)", ylabel="observed share (%)")
         figure.legend(loc="outside upper center", ncols=2)
 
     return _svg("calibration", 3.5, draw)
 
 
-def epochs(part: str, metric: str, worths: Mapping[int, float], losses: Mapping[int, float]) -> str:
-    """A metric on validation over the loss of training, by epoch; either may be empty."""
+def epochs(metric: str, worths: Mapping[int, float], losses: Mapping[int, float]) -> str:
+    """A metric on validation, where it was measured, over the loss of training, by epoch."""
 
     def draw(figure: Figure) -> None:
         curves = [(f"{metric} on\nvalidation (0 to 1)", worths, MODEL), ("training loss\n(mean per target)", losses, OTHERS[0])]
-        curves = [curve for curve in curves if curve[1]]
+        curves = curves if worths else curves[1:]
         panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, by_epoch, colour) in zip(panels, curves, strict=True):
             axes.plot(list(by_epoch), list(by_epoch.values()), color=colour, marker="o" if len(by_epoch) < 25 else None)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.locator_params(axis="y", nbins=5)
-            _label(axes, "", name)
+            axes.set_ylabel(name)
         if worths:
             best = max(worths, key=lambda epoch: worths[epoch])
-            mark: dict[str, Any] = {
-                "marker": "o",
-                "markersize": 9,
-                "markerfacecolor": "none",
-                "markeredgecolor": INK,
-                "linestyle": "none",
-            }
-            panels[0].plot(best, worths[best], **mark, label=f"best: {decimal(worths[best])}, epoch {best}")
+            mark: dict[str, Any] = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": INK}
+            panels[0].plot(best, worths[best], "o", **mark, label=f"best: {decimal(worths[best])}, epoch {best}")
             figure.legend(loc="outside upper center")
         panels[-1].set_xlabel("epoch (passes over the training events)")
         figure.align_ylabels()
 
-    return _svg(f"learning {part}", 3.4, draw)
+    return _svg("learning model", 3.4, draw)
 
 
 def short(text: str, length: int) -> str:
@@ -213,11 +197,6 @@ def _lines(name: str, note: str) -> str:
     """A name in at most two lines, its note in one more."""
     lines = textwrap.wrap(short(name, 42), 22)[:2]
     return "\n".join([*lines, note] if note else lines)
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
 
 
 def _tick(number: float) -> str:

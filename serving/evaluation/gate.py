@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from features.dataset import Dataset
+from recsys.batch import spread
 from recsys.config import Settings
 from recsys.errors import RequestError
 from recsys.metrics import METRICS
-from serving.budget import REQUESTS, Progress, requests, time_answers
+from recsys.progress import Progress
 from serving.engine import Recommender
 from serving.evaluation import numbers
-from serving.evaluation.compare import MODEL, Comparison, compare, in_words
+from serving.evaluation.budget import REQUESTS, requests, time_answers
+from serving.evaluation.compare import MODEL, Comparison, compare, in_words, leaks_of
 from serving.evaluation.report import Report
-from serving.evaluation.statistics import holm, known, paired
-from serving.export import spread
+from serving.evaluation.statistics import holm, paired
 
 BEATS = "beats "
 """Before a baseline: the name of the rule that it is beaten."""
@@ -57,9 +58,7 @@ class PromotionSettings(Settings):
             raise ValueError(f"level must be at least 0.5 and below 1, found {self.level}")
         if not (-1 < self.least_gain < 1 and 0 <= self.slice_drop <= 1):
             raise ValueError("least_gain must be above -1 and below 1, slice_drop from 0 to 1")
-        for name in ("slice_users", "coverage", "latency", "latency_ms", "size"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        self._at_least(0, "slice_users", "coverage", "latency", "latency_ms", "size")
 
     @property
     def k(self) -> int:
@@ -79,7 +78,7 @@ class Rule:
     """What was found and what is wanted, in words."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "found": known(self.found)}
+        return {**vars(self), "found": numbers.finite(self.found)}
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _coverage(settings: PromotionSettings, comparison: Comparison) -> Rule:
     before, now = comparison.lists[name]
     share = now / before if before else math.inf
     text = f"{name} {numbers.percent(now)} against {numbers.percent(before)}, × {share:.2f}, at least × {limit:g} is wanted"
-    return _least("coverage", share, limit, text)
+    return Rule("coverage", share, limit, share >= limit, text)
 
 
 def _left_out(settings: PromotionSettings, reports: Sequence[Report]) -> str:
@@ -214,7 +213,7 @@ def _baselines(settings: PromotionSettings, report: Report) -> list[Rule]:
 
 def _leaks(reports: Sequence[Report]) -> Rule:
     """No figure is of what was learnt already."""
-    found = sorted({name for report in reports for name in report.manifest["leaks"]["found"]})
+    found = leaks_of(reports)
     text = f"leaks: {', '.join(found)}; figures with leaks decide nothing" if found else "no leaks"
     return Rule("leaks", len(found), 0, not found, text)
 
@@ -223,24 +222,17 @@ def _costs(settings: PromotionSettings, costs: Costs) -> list[Rule]:
     """Latency and size, where they are known."""
     rules = []
     if settings.latency_ms and costs.milliseconds:
-        found, text = costs.milliseconds[0], f"the median answer takes {costs.milliseconds[0]:.2f} ms"
-        rules.append(_most("latency_ms", found, settings.latency_ms, f"{text}, at most {settings.latency_ms:g} ms are allowed"))
+        found, limit = costs.milliseconds[0], settings.latency_ms
+        text = f"the median answer takes {found:.2f} ms, at most {limit:g} ms are allowed"
+        rules.append(Rule("latency_ms", found, limit, found <= limit, text))
     for name, unit, scale, pair in (("latency", "ms", 1.0, costs.milliseconds), ("size", "MB", 1e6, costs.bytes)):
         limit = getattr(settings, name)
         if limit and len(pair) == 2:
             share = pair[0] / pair[1] if pair[1] else math.inf
             what = "the median answer takes" if name == "latency" else "the bundle has"
             text = f"{what} {pair[0] / scale:.2f} {unit} against {pair[1] / scale:.2f} {unit}, × {share:.2f}"
-            rules.append(_most(name, share, limit, f"{text}, at most × {limit:g} is allowed"))
+            rules.append(Rule(name, share, limit, share <= limit, f"{text}, at most × {limit:g} is allowed"))
     return rules
-
-
-def _least(name: str, found: float, limit: float, text: str) -> Rule:
-    return Rule(name, found, limit, found >= limit, text)
-
-
-def _most(name: str, found: float, limit: float, text: str) -> Rule:
-    return Rule(name, found, limit, found <= limit, text)
 
 
 def costs_of(recommenders: Sequence[Recommender], dataset: Dataset, progress: Progress = lambda what, done, of: None) -> Costs:
@@ -251,8 +243,7 @@ def costs_of(recommenders: Sequence[Recommender], dataset: Dataset, progress: Pr
     sizes = [sum(int(entry["bytes"]) for entry in each.manifest["files"].values()) for each in recommenders]
     first = recommenders[0]
     sequences = first.catalogue.align(dataset)
-    begins_U, ends_U, targets_U = sequences.windows("validation")
-    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    users_U = sequences.judged("validation")
     asked = requests(first, sequences, users_U[spread(len(users_U), REQUESTS)], 10)
     if not asked:
         return Costs(sizes)

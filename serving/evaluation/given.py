@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from recsys.batch import PADDING
 from recsys.bundle import sha256
@@ -28,7 +29,8 @@ class GivenLists:
     """One list for each user of a data set, empty for a user without one."""
 
     reads_now = False
-    live_V: Tensor | None = None
+    manifest: ClassVar[dict[str, Any]] = {}
+    """Nothing is known of what made them."""
 
     def __init__(self, path: Path, dataset: Dataset) -> None:
         """Read Parquet of user_id, item_id, rank (from 1) and, where it is there, score; ids may be text.
@@ -36,10 +38,12 @@ class GivenLists:
         Raises DataError: no such table, a user or an item that the data set does not know, or a list with two items at one
         rank or an item twice.
         """
+        import polars as pl
+
         self.catalogue, self.learnt = Catalogue(dataset.path / ITEMS), int(dataset.manifest["warm_items"])
-        self.path, self.lines = path, len(self.catalogue)
         table = self._read(path)
-        users = _places(table["user_id"], dataset.user_ids)
+        known = dataset.user_ids.cast(pl.String)
+        users = table["user_id"].cast(pl.String).replace_strict(known, range(len(known)), default=None, return_dtype=pl.Int64)
         rows = self.catalogue.rows_of(table["item_id"])
         for name, found in {"user": users, "item": rows}.items():
             strange = table.filter(found.is_null())[f"{name}_id"].unique(maintain_order=True)
@@ -57,11 +61,8 @@ class GivenLists:
 
     def of(self, users_B: Tensor, k: int) -> Lists:
         """The first k places of these users' lists."""
-        rows_BK, scores_BK = (table[users_B, :k] for table in (self.rows_UK, self.scores_UK))
-        short = k - rows_BK.shape[1]
-        if short > 0:
-            rows_BK = torch.nn.functional.pad(rows_BK, (0, short), value=PADDING)
-            scores_BK = torch.nn.functional.pad(scores_BK, (0, short), value=-torch.inf)
+        tables = ((self.rows_UK, PADDING), (self.scores_UK, -torch.inf))
+        rows_BK, scores_BK = (pad(table[users_B], (0, k - table.shape[1]), value=none) for table, none in tables)
         return Lists(rows_BK, scores_BK, torch.zeros(len(users_B), dtype=torch.bool))
 
     @staticmethod
@@ -93,16 +94,3 @@ class GivenLists:
         if not table["score"].dtype.is_numeric():
             raise DataError(f"{path}: score is {table['score'].dtype}, must be numbers; mend the table, or leave it out")
         return table
-
-
-def _places(user_ids: pl.Series, known: pl.Series) -> pl.Series:
-    """Of each id its place among the known ones, compared as text; null where it is none."""
-    import polars as pl
-
-    line = known.cast(pl.String).alias("user_id").to_frame().with_row_index("place")
-    return (
-        user_ids.cast(pl.String)
-        .alias("user_id")
-        .to_frame()
-        .join(line, on="user_id", how="left", maintain_order="left")["place"]
-    )

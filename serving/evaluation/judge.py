@@ -18,13 +18,14 @@ from features.split import SplitSettings, is_cold
 from recsys.batch import FIRST_ITEM, Batch, Sequences, gather
 from recsys.errors import DataError, RequestError
 from recsys.metrics import MISSED, measure, measure_users, new_targets
+from recsys.progress import Count
 from serving.catalogue import Catalogue
 from serving.engine import Recommender
 from serving.evaluation.baselines import BASELINES, REPEATING, Baseline, MeanText, Ranked
 from serving.evaluation.beyond import Beyond, Shown
 from serving.evaluation.given import GivenLists
-from serving.evaluation.protocol import ProtocolSettings, in_words, protocol_of
-from serving.lists import Lister, Lists
+from serving.evaluation.protocol import ProtocolSettings, protocol_of
+from serving.lists import Lists
 from serving.tables import lists_frame
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ CHOOSING = 1000
 """Users of the validation split by whom the variant of a baseline is chosen, evenly chosen."""
 AMONG = ", among cold items"
 """Behind the name of a lister that ranks cold items alone."""
-
-Tell = Callable[[int, int], None]
-"""Hears (users done, users in all)."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,7 @@ class Judged:
 class Evaluation:
     """What was judged, by which protocol, and every lister's ranks; model first."""
 
-    bundle: str
-    """Its id; empty for lists."""
     protocol: ProtocolSettings
-    text: str
-    """The protocol in words."""
-    request_time: bool
-    """Whether the model was told when each user's first target happened."""
     ks: tuple[int, ...]
     dataset: Dataset
     catalogue: Catalogue
@@ -170,28 +162,25 @@ def evaluate(
     protocol: ProtocolSettings | None = None,
     ks: Sequence[int] = (10, 50),
     baselines: bool = True,
-    depth: int = 0,
-    progress: Tell = lambda done, of: None,
+    progress: Count = lambda done, of: None,
 ) -> Evaluation:
     """Judge the lists of users who have a history and a target, as the protocol says (default: new items of the test).
 
     A target that the model has no vector for is missed. With `baselines` what is in serving.evaluation.baselines is judged
     too, each by the variant that is best on validation, and each stage of the served path: as retrieved and as ranked where
-    there is a ranker, exact search (as retrieved) where the bundle's is not. `depth` is how long lists are (default and least:
-    the largest k). A model that reads the time of requests is asked at the time of each user's first target. A data set with
-    cold items (split.cold_one_in) is judged by targets too, warm and cold ones, and the cold ones once more among cold items
-    alone, beside the items nearest to the mean text of the history.
+    there is a ranker, exact search (as retrieved) where the bundle's is not. Lists are as long as the largest k. A model that
+    reads the time of requests is asked at the time of each user's first target. A data set with cold items (split.cold_one_in)
+    is judged by targets too, warm and cold ones, and the cold ones once more among cold items alone, beside the items nearest
+    to the mean text of the history.
     Raises DataError: nobody can be judged. RequestError: a k below 1, or a protocol that does not fit.
     """
     if not ks or min(ks) < 1:
         raise RequestError(f"ks are {list(ks)}; give at least one, each at least 1")
     made = dataset.manifest["settings"]
-    kind = subject.manifest["kind"] if isinstance(subject, Recommender) else "lists"
-    chosen = protocol_of(protocol or ProtocolSettings(), made, kind)
+    chosen = protocol_of(protocol or ProtocolSettings(), made, subject.manifest.get("kind", "lists"))
     catalogue, learnt = subject.catalogue, subject.learnt
     sequences = catalogue.align(dataset)
-    begins_U, ends_U, targets_U = sequences.windows(chosen.split)
-    asked_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    asked_U = sequences.judged(chosen.split)
     nobody = f"the {chosen.split} split has no user with a history and a target; give more events or another [split]"
     if not len(asked_U):
         raise DataError(nobody)
@@ -200,7 +189,7 @@ def evaluate(
     if chosen.candidates == "cold" and not some_cold:
         raise RequestError("the data set keeps no item cold; set protocol.candidates = all, or make it with split.cold_one_in")
     among_R = {"all": None, "warm": facts.counts_R > 0, "cold": facts.cold_R}[chosen.candidates]
-    listers: dict[str, tuple[str, Lister | GivenLists]] = {"model": ("model", subject)}
+    listers: dict[str, tuple[str, Lister]] = {"model": ("model", subject)}
     if baselines:
         if isinstance(subject, Recommender):
             listers |= {name: ("stage", stage) for name, stage in _stages(subject).items()}
@@ -225,7 +214,7 @@ def evaluate(
         def tell(done: int, number: int = number) -> None:
             progress(number * len(asked_U) + done, len(listers) * len(asked_U))
 
-        lists, ranks_P, owners_P, targets_P = judge(lister, sequences, chosen, asked_U, max(*ks, depth), tell)
+        lists, ranks_P, owners_P, targets_P = judge(lister, sequences, chosen, asked_U, max(ks), tell)
         counted_P = torch.ones_like(targets_P, dtype=torch.bool) if among_R is None else among_R[targets_P]
         if not bool(counted_P.any()):
             raise DataError(nobody)
@@ -234,12 +223,8 @@ def evaluate(
         owners_P, targets_P, own = owners_P[counted_P], targets_P[counted_P], own or lists
     assert own is not None  # the model is always judged
     places_U, owners_P = torch.unique(owners_P, return_inverse=True)
-    request_time = subject.reads_now
     return Evaluation(
-        bundle=subject.id,
         protocol=chosen,
-        text=in_words(chosen, made, request_time),
-        request_time=request_time,
         ks=tuple(ks),
         dataset=dataset,
         catalogue=catalogue,
@@ -255,7 +240,7 @@ def evaluate(
 
 
 def judge(
-    lister: Lister | GivenLists,
+    lister: Lister,
     sequences: Sequences,
     protocol: ProtocolSettings,
     users_U: Tensor,
@@ -323,8 +308,7 @@ def _best(variants: Sequence[Baseline], sequences: Sequences, filter_seen: bool)
     if len(variants) == 1:
         return Ranked(variants[0])
     protocol = ProtocolSettings(split="validation", targets="new" if filter_seen else "all", filter_seen=filter_seen)
-    begins_U, ends_U, targets_U = sequences.windows("validation")
-    users_U = ((ends_U > begins_U) & (targets_U > ends_U)).nonzero().flatten()
+    users_U = sequences.judged("validation")
     users_U = users_U[:: max(1, -(-len(users_U) // CHOOSING))]
     worth = []
     for variant in variants:
@@ -333,12 +317,12 @@ def _best(variants: Sequence[Baseline], sequences: Sequences, filter_seen: bool)
     return Ranked(variants[worth.index(max(worth))])
 
 
-def _among(lister: Lister | GivenLists, among_R: Tensor) -> Lister | GivenLists:
+def _among(lister: Lister, among_R: Tensor) -> Lister:
     """The same of some items alone."""
     if isinstance(lister, GivenLists):
         raise RequestError("lists that are given are judged as they are; set protocol.candidates = all")
     if isinstance(lister, Ranked):
-        return lister.among(among_R[FIRST_ITEM:])
+        return Ranked(lister.baseline, among_R[FIRST_ITEM:])
     assert isinstance(lister, Recommender)
     return _Among(lister, among_R[: FIRST_ITEM + len(lister.catalogue)].nonzero().flatten().tolist())
 
@@ -356,3 +340,7 @@ class _Among:
 
     def recommend(self, histories: Batch, k: int, now: Tensor | None = None, *, filter_seen: bool = True) -> Lists:
         return self.recommender.recommend(histories, k, now, filter_seen, allow=self.rows)
+
+
+Lister = Recommender | Ranked | GivenLists | _Among
+"""Whatever names k items for each history."""

@@ -67,6 +67,11 @@ def finite(number: Any) -> float | None:
     return float(number) if isinstance(number, int | float) and math.isfinite(number) else None
 
 
+def around(mean: float, low: float, high: float) -> dict[str, float | None]:
+    """A figure of a report: a mean between the ends of its interval."""
+    return {"mean": finite(mean), "low": finite(low), "high": finite(high)}
+
+
 def decimal(number: float, digits: int = 4, signed: bool = False) -> str:
     """`.2031`, `1.2031`, and with `signed` `+.0120`."""
     text = _signed(number, digits, signed)

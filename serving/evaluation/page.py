@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from serving.evaluation.comparison_parts import ComparisonParts
-from serving.evaluation.numbers import METRICS, finite
+from serving.evaluation.numbers import METRICS
 from serving.evaluation.report_parts import ReportParts
 
 
@@ -19,9 +19,9 @@ def report_page(report: Mapping[str, Any]) -> str:
     popularity, popularity_table = parts.popularity()
     return _render(
         "report.html",
-        title=f"{report.get('name') or 'Model'}: report",
+        title=f"{report['name'] or 'Model'}: report",
         standing=parts.standing(),
-        verdict=report.get("verdict") or "The report has no verdict.",
+        verdict=report["verdict"],
         facts=parts.facts(),
         curves=[parts.against_k("ndcg"), parts.against_k("recall"), parts.stages()],
         tables=list(parts.tables()),
@@ -31,23 +31,23 @@ def report_page(report: Mapping[str, Any]) -> str:
         popularity=popularity,
         popularity_table=popularity_table,
         beyond=parts.beyond(),
-        learning=[*parts.learning(), parts.calibration()],
+        learning=[parts.learning(), parts.calibration()],
         examples=parts.examples(),
-        leaks=parts.leaks(),
-        command=report.get("command"),
-        level=finite(report.get("level")) or 0.95,
+        leaks=report["leaks"],
+        command=report["command"],
+        level=report["level"],
     )
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
     """The page of a comparison, or of a decision for promotion, from its comparison.json."""
     parts = ComparisonParts(comparison)
-    said = [text for text in (parts.decision.get("reason"), comparison.get("verdict")) if text]
+    said = [*([parts.decision["reason"]] if parts.decision else []), comparison["verdict"]]
     return _render(
         "comparison.html",
         title=f"{parts.names[1]} against {parts.names[0]}",
         standing=parts.standing(),
-        verdict=said[0] if said else "The comparison has no verdict.",
+        verdict=said[0],
         found=said[1:],
         rules=parts.rules(),
         facts=parts.facts(),
@@ -55,7 +55,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         tables=list(parts.tables()),
         slices=parts.slices(),
         slice_table=parts.slice_table(),
-        notes=[str(note) for note in comparison.get("notes") or []],
+        notes=comparison["notes"],
         level=parts.level,
     )
 

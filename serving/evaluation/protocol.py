@@ -10,9 +10,6 @@ from typing import Any, ClassVar, Literal
 from recsys.config import Settings
 from recsys.errors import RequestError
 
-OWN = "own"
-"""Name of a protocol that has none."""
-
 
 @dataclass(frozen=True)
 class ProtocolSettings(Settings):

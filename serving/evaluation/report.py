@@ -25,19 +25,21 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset, write_parquet
-from features.leaks import Check, find_leaks
-from recsys import __version__
-from recsys.batch import FIRST_ITEM, PADDING, gather
-from recsys.bundle import Writer, open_directory, publish
+from features.leaks import Check, LeakSettings, find_leaks, refuse
+from recsys.batch import FIRST_ITEM, PADDING, spread
+from recsys.bundle import Writer, is_free, open_directory, publish
+from recsys.config import Recipe
 from recsys.errors import DataError, RequestError
 from recsys.metrics import METRICS
+from recsys.progress import Count, Progress
+from recsys.version import __version__
 from serving.engine import Recommender
 from serving.evaluation.given import GivenLists
-from serving.evaluation.judge import AMONG, Evaluation, Tell, evaluate
-from serving.evaluation.numbers import NONE, percent, written
-from serving.evaluation.protocol import ProtocolSettings
+from serving.evaluation.judge import AMONG, Evaluation, evaluate
+from serving.evaluation.numbers import NONE, around, finite, percent, written
+from serving.evaluation.protocol import ProtocolSettings, in_words
 from serving.evaluation.slices import Slice, slices
-from serving.evaluation.statistics import bootstrap, holm, known, minimal_detectable, paired
+from serving.evaluation.statistics import bootstrap, holm, minimal_detectable, minimal_difference, paired
 from serving.explain import nearest_events
 from serving.lists import Lists
 
@@ -68,8 +70,6 @@ class Report:
     manifest: dict[str, Any]
     users: pl.DataFrame
     lists: pl.DataFrame
-    path: Path | None = None
-    """Where it stands; None: it has not been written."""
 
     @staticmethod
     def open(path: Path) -> Report:
@@ -77,7 +77,7 @@ class Report:
         import polars as pl
 
         directory = open_directory(path, name=MANIFEST, error=DataError)
-        return Report(directory.manifest, pl.read_parquet(path / USERS), pl.read_parquet(path / LISTS), path)
+        return Report(directory.manifest, pl.read_parquet(path / USERS), pl.read_parquet(path / LISTS))
 
     def write(self, path: Path) -> Report:
         """Publish it, whole or not at all."""
@@ -89,16 +89,33 @@ class Report:
         }
         writers[PAGE] = lambda file: file.write_bytes(page) and None
         made = publish(path, writers, self.manifest, MANIFEST)
-        return Report(made.manifest, self.users, self.lists, path)
+        return Report(made.manifest, self.users, self.lists)
 
     @cached_property
     def decisive(self) -> str:
         return str(self.manifest["decisive"])
 
-    def values(self, lister: str = "model", metric: str = "", of: str = "") -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Of each judged user; `of` is "by: name" of a slice of targets, outside of which it is NaN."""
-        name = f"{lister}: {metric or self.decisive}" + (f" | {of}" if of else "")
-        return self.users[name].cast(float).fill_null(math.nan).to_numpy()
+    def values(self, lister: str = "model", metric: str = "") -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Of each judged user."""
+        return self.users[f"{lister}: {metric or self.decisive}"].cast(float).fill_null(math.nan).to_numpy()
+
+
+def settle(
+    subject: Recommender | GivenLists,
+    dataset: Dataset,
+    recipe: Recipe,
+    despite_leaks: bool = False,
+    progress: Progress | None = None,
+) -> tuple[ProtocolSettings, list[Check]]:
+    """By which protocol of a recipe a subject is to be judged, and what was found by its [leaks].
+
+    Raises LeakError: something is known too early, unless `despite_leaks`.
+    """
+    protocol = recipe.read(ProtocolSettings)
+    checks = find_leaks(dataset, subject.manifest or None, recipe.read(LeakSettings), protocol.split, progress)
+    if not despite_leaks:
+        refuse(checks, str(dataset.path))
+    return protocol, checks
 
 
 def make_report(
@@ -110,24 +127,22 @@ def make_report(
     name: str = "",
     command: str = "",
     seed: int = 0,
-    checks: Sequence[Check] | None = None,
+    checks: Sequence[Check] = (),
     baselines: bool = True,
-    progress: Tell = lambda done, of: None,
+    progress: Count = lambda done, of: None,
 ) -> Report:
-    """Judge, and say how sure every figure is. `checks` are those for leaks (default: they are made now; found ones are told).
+    """Judge, and say how sure every figure is. `checks` are those for leaks.
 
     Same bundle, data set, protocol and seed: the same report but for its `clock`. Raises as `evaluate`.
     """
     started = datetime.now(UTC)
     found = evaluate(subject, dataset, protocol, ks, baselines, progress=progress)
-    manifest = subject.manifest if isinstance(subject, Recommender) else {}
-    if checks is None:
-        checks = find_leaks(dataset, manifest or None)
+    manifest = subject.manifest
     return _Making(found, subject, seed).report(
         {
             "kind": "report",
             "subject": manifest.get("kind", "lists"),
-            "bundle": found.bundle,
+            "bundle": subject.id,
             "version": __version__,
             "name": name or str(manifest.get("name", "")),
             "dataset": {key: dataset.manifest[key] for key in ("recipe", "hash", "users", "events", "items")},
@@ -145,7 +160,7 @@ def make_report(
 
 def require_place(out: Path) -> None:
     """Raises RequestError: `out` is there and neither a REPORT nor empty."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_free(out, MANIFEST):
         raise RequestError(f"{out}: exists and is no report; name another directory")
 
 
@@ -186,15 +201,15 @@ class _Making:
         import polars as pl
 
         found, decisive = self.found, self.decisive
-        protocol = found.protocol
+        protocol, made = found.protocol, found.dataset.manifest["settings"]
         manifest = {
             **head,
             "protocol": {
                 **protocol.as_dict(),
                 "name": protocol.name or "own",
-                "method": found.dataset.manifest["settings"]["split"]["method"],
-                "request_time": found.request_time,
-                "text": found.text,
+                "method": made["split"]["method"],
+                "request_time": self.subject.reads_now,
+                "text": in_words(protocol, made, self.subject.reads_now),
             },
             "users": found.users,
             "targets": len(found.targets_P),
@@ -244,14 +259,14 @@ class _Making:
 
     def _estimate(self, column: str) -> dict[str, float | None]:
         low, high = self.ends[column]
-        return {"mean": known(float(self.columns[column].nanmean())), "low": known(low), "high": known(high)}
+        return around(float(self.columns[column].nanmean()), low, high)
 
     def _figures(self, lister: str) -> dict[str, Any]:
         start = f"{lister}: "
         names = [name.removeprefix(start) for name in self.columns if name.startswith(start) and " | " not in name]
         out: dict[str, Any] = {name: self._estimate(start + name) for name in names}
         shown = self.found.judged[lister].shown
-        return out | {name: {"mean": known(value)} for name, value in (shown.whole if shown else {}).items()}
+        return out | {name: {"mean": finite(value)} for name, value in (shown.whole if shown else {}).items()}
 
     def _slice(self, part: Slice) -> dict[str, Any]:
         end = f" | {part.by}: {part.name}"
@@ -297,22 +312,13 @@ class _Making:
         )
         apart = f"{mean} [{low}, {high}]"
         beside = f"{said} against {theirs} of {rival}, {apart} in a paired test over {self.found.users:,} users"
-        words = [
-            f"{verb} {_and([name for name in unbeaten if (against[name].difference > 0) == unsure])}"
-            for verb, unsure in ((fails, False), (open_, True))
-            if any((against[name].difference > 0) == unsure for name in unbeaten)
-        ]
+        behind = [name for name in unbeaten if against[name].difference <= 0]
+        unsure = [name for name in unbeaten if name not in behind]
+        words = [f"{verb} {_and(names)}" for verb, names in ((fails, behind), (open_, unsure)) if names]
         verdict = f"{subject} {_and(words) or beats}: {beside}."
         best = against[self.best]
-        least = minimal_detectable(best.sd, self.found.users, 1 - LEVEL)
-        mdd = {
-            "difference": known(least),
-            "relative": known(least / own["mean"]) if own["mean"] else None,
-            "power": 0.8,
-            "alpha": round(1 - LEVEL, 6),
-            "against": self.best,
-        }
-        return {"verdict": verdict, "beats": not unbeaten, "mdd": mdd}
+        mdd = minimal_difference(minimal_detectable(best.sd, best.users, 1 - LEVEL), best.second, LEVEL)
+        return {"verdict": verdict, "beats": not unbeaten, "mdd": {**mdd, "against": self.best}}
 
     def _serendipity(self, lister: str) -> Tensor:
         """Targets found in the first k that popularity does not name there / min(k, targets) (after Ge et al. 2010)."""
@@ -341,12 +347,14 @@ class _Making:
 
     def _calibration(self) -> dict[str, Any] | None:
         """How often items of such a probability were the next one; the expected calibration error (Naeini et al. 2015)."""
+        from scipy.stats import binomtest
+
         found, subject = self.found, self.subject
         if not isinstance(subject, Recommender) or subject.calibration is None:
             return None
-        begins_U, ends_U, _ = found.sequences.windows(found.protocol.split)
+        _, ends_U, _ = found.sequences.windows(found.protocol.split)
         users_B = found.asked_U[:: max(1, -(-len(found.asked_U) // CALIBRATED))]  # whether or not their next item is a target
-        histories = gather(found.sequences.items, found.sequences.times, begins_U[users_B], ends_U[users_B])
+        histories = found.sequences.histories(found.protocol.split, users_B)
         now_B = found.sequences.times[ends_U[users_B]] if subject.reads_now else None
         places, seen = min(PLACES, subject.items), found.protocol.filter_seen
         lists = subject.recommend(histories, places, now_B, filter_seen=seen, probabilities=True)
@@ -359,53 +367,43 @@ class _Making:
         edges = np.unique(np.quantile(chances, np.linspace(0, 1, BINS + 1)))
         bins = np.clip(np.searchsorted(edges, chances, side="right") - 1, 0, max(len(edges) - 2, 0))
         out, error = [], 0.0
-        for place in range(max(len(edges) - 1, 1)):
+        for place in np.unique(bins):
             inside = bins == place
-            if not inside.any():
-                continue
             count, chance, share = int(inside.sum()), float(chances[inside].mean()), float(came[inside].mean())
-            low, high = wilson(share, count)
-            out.append({"probability": chance, "observed": share, "places": count, "low": low, "high": high})
+            ends = binomtest(int(came[inside].sum()), count).proportion_ci(LEVEL, "wilson")
+            out.append({"probability": chance, "observed": share, "places": count, "low": ends.low, "high": ends.high})
             error += count / len(chances) * abs(chance - share)
         return {"error": error, "users": len(users_B), "bins": out}
 
     def _examples(self) -> list[dict[str, Any]]:
         """The lists of a few users, evenly chosen, with what they had and what they did next."""
         found, catalogue = self.found, self.found.catalogue
-        places = torch.arange(min(SHOWN, found.users)) * found.users // max(1, min(SHOWN, found.users))
+        places = spread(found.users, SHOWN)
         users_B = found.users_U[places]
-        begins_U, ends_U, _ = found.sequences.windows(found.protocol.split)
-        histories = gather(found.sequences.items, found.sequences.times, begins_U[users_B], ends_U[users_B])
+        histories = found.sequences.histories(found.protocol.split, users_B)
         lines = torch.searchsorted(found.asked_U, users_B)
         rows_BK, scores_BK = found.lists.rows[lines, :SHOWN], found.lists.scores[lines, :SHOWN]
         lists = Lists(rows_BK, scores_BK, found.lists.popular[lines])
         because: list[Any] = [None] * int((lists.rows != PADDING).sum())
         if isinstance(self.subject, Recommender):
             because = nearest_events(self.subject, histories, lists).to_list()
-        reasons, out = iter(because), []
-        ids = found.dataset.user_ids.gather(users_B.numpy()).to_list()
 
         def title(row: int) -> str:
             return catalogue.title(row) if row < FIRST_ITEM + len(catalogue) else "an item that the catalogue does not know"
 
-        for number_, (place, user_id) in enumerate(zip(places.tolist(), ids, strict=True)):
+        whys = (None if item_id is None else catalogue.by_id(item_id) for item_id in because)
+        reasons, out = (None if row is None else title(row) for row in whys), []
+        ids = found.dataset.user_ids.gather(users_B.numpy()).to_list()
+        events_BT = [each.tolist() for each in torch.split(histories.values, histories.lengths.tolist())]
+        for place, user_id, events, rows, scores in zip(
+            places.tolist(), ids, events_BT, rows_BK.tolist(), scores_BK.tolist(), strict=True
+        ):
             targets = found.targets_P[found.owners_P == place].tolist()
-            events = histories.values[histories.offsets[number_] : histories.offsets[number_ + 1]].tolist()
-            shown = []
-            for rank, row in enumerate(lists.rows[number_].tolist(), 1):
-                if row == PADDING:
-                    continue
-                reason = next(reasons)
-                why = None if reason is None else catalogue.by_id(reason)
-                shown.append(
-                    {
-                        "rank": rank,
-                        "title": title(row),
-                        "score": known(float(lists.scores[number_, rank - 1])),
-                        "because": None if why is None else title(why),
-                        "hit": row in targets,
-                    }
-                )
+            shown = [
+                {"rank": rank, "title": title(row), "score": finite(score), "because": next(reasons), "hit": row in targets}
+                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
+                if row != PADDING
+            ]
             out.append(
                 {
                     "user_id": user_id,
@@ -422,10 +420,3 @@ class _Making:
 def _and(words: Sequence[str]) -> str:
     *others, last = words or [""]
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Interval of a share at LEVEL (Wilson 1927)."""
-    z = 1.959964
-    middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return (middle - width) / (1 + z * z / count), (middle + width) / (1 + z * z / count)

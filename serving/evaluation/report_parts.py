@@ -1,4 +1,4 @@
-"""The parts of a report's page: facts, figures and tables, from the report's JSON alone; what is missing is said."""
+"""The parts of a report's page: facts, figures and tables, from the report's JSON alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from serving.evaluation.numbers import (
     Estimate,
     count,
     decimal,
-    finite,
     known,
     percent,
     written,
@@ -35,32 +34,24 @@ class ReportParts:
     """A report, asked for the parts of its page."""
 
     def __init__(self, report: Mapping[str, Any]) -> None:
-        self.report = {key: value for key, value in report.items() if value is not None}
-        self.decisive = str(self.report.get("decisive", "ndcg@10"))
+        self.report, self.decisive, self.ks = report, str(report["decisive"]), sorted(report["ks"])
         self.title, self.k = known(self.decisive)[1], self.decisive.partition("@")[2]
-        self.ks = sorted(self.report.get("ks", []))
-        self.figures = {name: dict(figures) for name, figures in self.report.get("figures", {}).items() if figures}
-        kinds = self.report.get("listers", {})
+        self.figures: Mapping[str, Mapping[str, Any]] = report["figures"]
         self.path = [name for name in STAGES if name in self.figures]
-        self.path += [name for name in self.figures if kinds.get(name) == "stage" and name not in self.path]
-        baselines = [name for name in self.figures if kinds.get(name) == "baseline"]
+        baselines = [name for name, kind in report["listers"].items() if kind == "baseline"]
         self.baselines = sorted(baselines, key=lambda name: -self._mean(name))
         """From the best."""
 
-    def _estimate(self, lister: str, metric: str) -> Estimate | None:
-        return Estimate.of(self.figures.get(lister, {}).get(metric))
-
     def _mean(self, lister: str) -> float:
-        found = self._estimate(lister, self.decisive)
-        return 0.0 if found is None else found.mean
+        return float(self.figures[lister][self.decisive]["mean"])
 
     def standing(self) -> tuple[str, str]:
         """Colour and word of the first line."""
-        if self.report.get("leaks", {}).get("found"):
+        if self.report["leaks"]["found"]:
             return "red", "Leaks found"
         if not self.baselines:
             return "amber", "Beside no baseline"
-        if self.report.get("beats"):
+        if self.report["beats"]:
             return "green", "Beats every baseline"
         if all(self._mean("model") > self._mean(name) for name in self.baselines):
             return "amber", "Not shown to beat every baseline"
@@ -68,23 +59,21 @@ class ReportParts:
 
     def facts(self) -> list[tuple[str, str]]:
         """What was judged, where and by what."""
-        data, protocol, clock = (self.report.get(name) or {} for name in ("dataset", "protocol", "clock"))
-        counts = ", ".join(count(data[noun], noun) for noun in ("users", "events", "items") if noun in data)
-        judged = [count(self.report[noun], noun) for noun in ("users", "targets") if noun in self.report]
+        report = self.report
         odd = {"underfilled": "shorter than asked", "popular": "of popularity alone, for users without a known item"}
-        lists = [f"{count(self.report[key], 'lists')} {text}" for key, text in odd.items() if self.report.get(key)]
+        lists = [f"{count(report[key], 'lists')} {text}" for key, text in odd.items() if report[key]]
         facts = {
-            "Protocol": protocol.get("text") or protocol.get("name"),
-            "Data set": ": ".join(part for part in (data.get("recipe"), counts) if part),
-            "Judged": "; ".join(filter(None, [", ".join(judged), *lists])),
-            "What this test can tell": detectable(self.report.get("mdd", {}), self.title),
-            "Bundle": self.report.get("bundle"),
-            "Hash of the data set": data.get("hash"),
-            "Machine": self.report.get("machine") or clock.get("machine"),
-            "Made": clock.get("created") or self.report.get("created"),
-            "Seed of the intervals": self.report.get("seed"),
+            "Protocol": report["protocol"]["text"],
+            "Data set": data_set(report["dataset"]),
+            "Judged": "; ".join([f"{count(report['users'], 'users')}, {count(report['targets'], 'targets')}", *lists]),
+            "What this test can tell": detectable(report["mdd"], self.title),
+            "Bundle": report["bundle"],
+            "Hash of the data set": report["dataset"]["hash"],
+            "Machine": report["clock"]["machine"],
+            "Made": report["clock"]["created"],
+            "Seed of the intervals": str(report["seed"]),
         }
-        return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+        return [(name, value) for name, value in facts.items() if value]
 
     def tables(self) -> Iterable[Table]:
         """All listers at the deciding k and the longest list, and the model at every k."""
@@ -92,20 +81,16 @@ class ReportParts:
         same = [
             word
             for word, other in SAME.items()
-            if all(
-                self.figures[name].get(f"{word}@{self.k}") == self.figures[name].get(f"{other}@{self.k}") for name in listers
-            )
+            if all(self.figures[name][f"{word}@{self.k}"] == self.figures[name][f"{other}@{self.k}"] for name in listers)
         ]
         words = [word for word in RIGHT if word not in same]
         names = [f"{word}@{self.k}" for word in words]
-        names += [f"{word}@{self.ks[-1]}" for word in RIGHT[:2] if self.ks and str(self.ks[-1]) != self.k]
+        names += [f"{word}@{self.ks[-1]}" for word in RIGHT[:2] if str(self.ks[-1]) != self.k]
         note = "".join(f" {METRICS[word].title} equals {METRICS[SAME[word]].title} here." for word in same)
         title = "The model, the stages of its served path, and the baselines"
         yield self._by_lister(title, names, f"Means over users with their 95 % interval.{note}")
-        rows = [
-            [count(k, "items"), *(written(word, self.figures.get("model", {}).get(f"{word}@{k}")) for word in words)]
-            for k in self.ks
-        ]
+        model = self.figures["model"]
+        rows = [[count(k, "items"), *(written(word, model[f"{word}@{k}"]) for word in words)] for k in self.ks]
         titles = [METRICS[word].title for word in words]
         yield Table("The model by length of the list", ["k", *titles], rows, "Means over users with their 95 % interval.")
 
@@ -121,28 +106,24 @@ class ReportParts:
         return Table(title, ["Lists of", *(known(name)[1] for name in metrics)], rows, text, strong=strong)
 
     def against_k(self, word: str) -> Drawing:
-        metric = METRICS[word].title
-        title, found = f"{metric} against the length of the list", {}
-        for name in ("model", *self.baselines):
-            by_k = {k: self._estimate(name, f"{word}@{k}") for k in self.ks}
-            found[name] = {k: estimate for k, estimate in by_k.items() if estimate is not None}
-        model, others = found.pop("model"), {name: by_k for name, by_k in found.items() if by_k}
-        if not model:
-            return Drawing(title, "No figure: the report has no such figures of the model.")
-        last = max(model)
-        told = [f"{name} {decimal(by_k[last].mean)}" for name, by_k in {"model": model, **others}.items() if last in by_k]
+        metric, last = METRICS[word].title, self.ks[-1]
+        lines = {
+            name: {k: Estimate(**self.figures[name][f"{word}@{k}"]) for k in self.ks} for name in ("model", *self.baselines)
+        }
+        told = [f"{name} {decimal(by_k[last].mean)}" for name, by_k in lines.items()]
         text = "The model’s band is its 95 % interval."
-        if others:
+        if self.baselines:
             text += " Where a baseline’s line is in the band or above it, the model is hardly better at that k, or worse."
-        return Drawing(title, text, against_k(metric, model, others), f"{metric}@{last}: {', '.join(told)}")
+        svg = against_k(metric, lines.pop("model"), lines)
+        return Drawing(f"{metric} against the length of the list", text, svg, f"{metric}@{last}: {', '.join(told)}")
 
     def stages(self) -> Drawing:
         title = "What each stage of the served path gains or loses"
-        path = [(name, found) for name in self.path if (found := self._estimate(name, self.decisive)) is not None]
-        if len(path) < 2:
+        if len(self.path) < 2:
             return Drawing(title, "No figure: what was judged has one stage, so that nothing is gained or lost between two.")
         rows, before = [], 0.0
-        for name, found in path:
+        for name in self.path:
+            found = Estimate(**self.figures[name][self.decisive])
             change = f" ({percent(found.mean / before - 1, True)})" if before else ""
             shown = "model, as served" if name == "model" else name
             rows.append(Row(shown, f"{decimal(found.mean)}{change}", found, strong=name == "model"))
@@ -156,58 +137,52 @@ class ReportParts:
 
     def slices(self) -> list[Drawing]:
         groups: dict[str, list[Mapping[str, Any]]] = {}
-        for part in self.report.get("slices", []):
-            groups.setdefault(str(part.get("by")), []).append(part)
+        for part in self.report["slices"]:
+            groups.setdefault(part["by"], []).append(part)
         return [self._slices(by, parts) for by, parts in groups.items()] or [
             Drawing("Slices", "No figure: the report has no slices.")
         ]
 
     def _slices(self, by: str, parts: list[Mapping[str, Any]]) -> Drawing:
-        rows = []
+        rows, label, beside = [], [], parts[0].get("best_baseline", {}).get("name", "")
         for part in parts:
-            model, other = (Estimate.of((part.get(key) or {}).get(self.decisive)) for key in ("figures", "best_baseline"))
-            rows.append(Row(str(part.get("slice")), count(part.get("users"), "users"), model, other.mean if other else None))
+            found, other = Estimate(**part["figures"][self.decisive]), None
+            told = f"{part['slice']} {decimal(found.mean)}"
+            if beside:
+                other = part["best_baseline"][self.decisive]["mean"]
+                told += f", {beside} {decimal(other)}"
+            rows.append(Row(part["slice"], count(part["users"], "users"), found, other))
+            label.append(told)
         title = f"{self.title} by {by}"
-        told = [(row, row.estimate.mean) for row in rows if row.estimate is not None]
-        if not told:
-            return Drawing(title, "No figure: no slice has figures.")
-        baselines = dict.fromkeys((part.get("best_baseline") or {}).get("name") for part in parts)
-        beside = "/".join(str(name) for name in baselines if name)
         text = f"The model with its 95 % interval{f', and {beside}' if beside else ''}."
-        if parts[0].get("of") == "targets":
+        if parts[0]["of"] == "targets":
             text += " Users count by their targets of that kind alone."
-        label = "; ".join(
-            f"{row.name} {decimal(mean)}" + (f", {beside} {decimal(row.other)}" if row.other is not None else "")
-            for row, mean in told
-        )
         svg = forest(by, f"{self.title} (0 to 1)", rows, ("model, 95 % interval", beside))
-        return Drawing(title, text, svg, f"{title}: {label}")
+        return Drawing(title, text, svg, f"{title}: {'; '.join(label)}")
 
     def slice_table(self) -> Table:
-        metrics, rows = list(dict.fromkeys([self.decisive, f"recall@{self.k}"])), []
-        for part in self.report.get("slices", []):
-            figures, best, share = part.get("figures") or {}, part.get("best_baseline") or {}, written_share(part.get("share"))
+        metrics, rows = [self.decisive, f"recall@{self.k}"], []
+        for part in self.report["slices"]:
+            best = part.get("best_baseline")
             rows.append(
                 [
-                    f"{part.get('by')}: {part.get('slice')}",
-                    count(part.get("users"), "users"),
-                    share if share == NONE else f"{share} of {part.get('of', 'users')}",
-                    *(written(metric, figures.get(metric)) for metric in metrics),
-                    f"{best['name']} {written(self.decisive, best.get(self.decisive))}" if best.get("name") else NONE,
+                    f"{part['by']}: {part['slice']}",
+                    count(part["users"], "users"),
+                    f"{written_share(part['share'])} of {part['of']}",
+                    *(written(metric, part["figures"][metric]) for metric in metrics),
+                    f"{best['name']} {written(self.decisive, best[self.decisive])}" if best else NONE,
                 ]
             )
         head = ["Slice", "Users", "Share", *(known(metric)[1] for metric in metrics), f"Best baseline, {self.title}"]
-        text = "Means over the users of a slice with their 95 % interval."
-        left = self.report.get("columns_left_out")
-        return Table(
-            "Every slice", head, rows, text + (f" Columns that make no slices: {', '.join(map(str, left))}." if left else "")
-        )
+        text, left = "Means over the users of a slice with their 95 % interval.", self.report["columns_left_out"]
+        text += f" Columns that make no slices: {', '.join(left)}." if left else ""
+        return Table("Every slice", head, rows, text)
 
     def cold(self) -> Table:
         metrics = [self.decisive, f"recall@{self.k}"]
         rows = [
-            [f"{slice_}: {lister}", *(written(metric, (figures or {}).get(metric)) for metric in metrics)]
-            for slice_, by in self.report.get("cold", {}).items()
+            [f"{slice_}: {lister}", *(written(metric, figures[metric]) for metric in metrics)]
+            for slice_, by in self.report["cold"].items()
             for lister, figures in by.items()
         ]
         text = (
@@ -216,109 +191,72 @@ class ReportParts:
         return Table("Cold and warm items", ["Targets: lists of", *(known(metric)[1] for metric in metrics)], rows, text)
 
     def popularity(self) -> tuple[Drawing, Table]:
-        groups, title = self.report.get("popularity", []), "Popularity against recommendation"
+        groups, title = self.report["popularity"], "Popularity against recommendation"
         kinds = {"events": "events", "targets": "targets", "lists": f"places, k = {self.k}"}
         head = ["Items", "Count", "Of training events", "Of targets", f"Of the model’s places, k = {self.k}"]
-        rows = [
-            [str(each.get("items")), count(each.get("count"), "items"), *(written_share(each.get(key)) for key in kinds)]
-            for each in groups
-        ]
-        table = Table("Shares by popularity", head, rows)
-        if not groups:
-            return Drawing(title, "No figure: the report has no shares by popularity."), table
+        rows = [[each["items"], count(each["count"], "items"), *(written_share(each[key]) for key in kinds)] for each in groups]
         text = (
             f"The share of training events, of targets and of the model’s first {self.k} places that each group of items has. "
             "More places than targets: shown more than wanted; fewer: shown less."
         )
-        bars = {name: [finite(each.get(key)) for each in groups] for key, name in kinds.items()}
+        bars = {name: [each[key] for each in groups] for key, name in kinds.items()}
         label = "; ".join(f"{row[0]}: {row[2]} of events, {row[3]} of targets, {row[4]} of places" for row in rows)
-        return Drawing(title, text, shares([(row[0], row[1]) for row in rows], bars), label), table
+        svg = shares([(row[0], row[1]) for row in rows], bars)
+        return Drawing(title, text, svg, label), Table("Shares by popularity", head, rows)
 
     def calibration(self) -> Drawing:
-        title, found = "Calibration of probabilities", self.report.get("calibration", {})
-        bins = []
-        for each in found.get("bins") or []:
-            predicted, observed = finite(each.get("probability")), Estimate.of({**each, "mean": each.get("observed")})
-            if predicted is not None and observed is not None:
-                bins.append((predicted, observed))
-        if not bins:
+        title, found = "Calibration of probabilities", self.report["calibration"]
+        if not found:
             return Drawing(title, "No figure: what was judged gives no probabilities, or they were not checked.")
-        places = sum(int(finite(each.get("places")) or 0) for each in found["bins"])
-        error = finite(found.get("error"))
-        text = f"How many of the items with such a probability really came next; {count(places, 'places')} of lists in all."
-        text += "" if error is None else f" Calibration error, the mean distance between the two: {percent(error)}."
+        bins = [(each["probability"], Estimate(each["observed"], each["low"], each["high"])) for each in found["bins"]]
+        places = count(sum(each["places"] for each in found["bins"]), "places")
+        text = f"How many of the items with such a probability really came next; {places} of lists in all."
+        text += f" Calibration error, the mean distance between the two: {percent(found['error'])}."
         label = "; ".join(f"predicted {percent(predicted)}, observed {percent(observed.mean)}" for predicted, observed in bins)
         return Drawing(title, text, reliability(bins), label)
 
-    def learning(self) -> list[Drawing]:
-        entries, out = self.report.get("learning", []), []
-        for part in dict.fromkeys(str(each.get("part")) for each in entries):
-            own = [each for each in entries if str(each.get("part")) == part]
-            metric = next(
-                (name for name in (self.decisive, "ndcg@10") if any(finite(each.get(name)) is not None for each in own)), "loss"
-            )
-            worths, losses = (
-                {int(each["epoch"]): number for each in own if (number := finite(each.get(name))) is not None}
-                for name in (metric, "loss")
-            )
-            if not losses and not worths:
-                continue
-            worths = {} if metric == "loss" else worths
-            text = "Where both fall, training events are learnt by heart, no longer what comes next. The best epoch is marked."
-            told = ", ".join(f"epoch {epoch} {decimal(number)}" for epoch, number in (worths or losses).items())
-            title, name = f"Learning of the {part}", known(metric)[1]
-            out.append(
-                Drawing(
-                    title, text if worths and losses else "", epochs(part, name, worths, losses), f"{title}, {name}: {told}"
-                )
-            )
-        return out or [Drawing("Learning", "No figure: what was judged has no record of its training.")]
+    def learning(self) -> Drawing:
+        curve = self.report["learning"]
+        if not curve:
+            return Drawing("Learning", "No figure: what was judged has no record of its training.")
+        metric = next((name for name in (self.decisive, "ndcg@10") if name in curve[0]), "")
+        worths = {line["epoch"]: line[metric] for line in curve if metric}
+        losses = {line["epoch"]: line["loss"] for line in curve}
+        text = "Where both fall, training events are learnt by heart, no longer what comes next. The best epoch is marked."
+        told = ", ".join(f"epoch {epoch} {decimal(number)}" for epoch, number in (worths or losses).items())
+        title, name = "Learning of the model", known(metric or "loss")[1]
+        return Drawing(title, text if worths else "", epochs(name, worths, losses), f"{title}, {name}: {told}")
 
     def examples(self) -> list[dict[str, Any]]:
         """Users' histories, targets and lists, as texts."""
-        return [_example(example) for example in self.report.get("examples", [])]
-
-    def leaks(self) -> dict[str, list[str]]:
-        """What was looked for and what was found, as texts."""
-        leaks = self.report.get("leaks", {})
-        return {name: [_check(check) for check in leaks.get(name) or []] for name in ("checked", "found")}
-
-
-def detectable(found: Mapping[str, Any], title: str) -> str | None:
-    """What difference a test finds, in a sentence."""
-    difference, relative, power = (finite(found.get(name)) for name in ("difference", "relative", "power"))
-    if difference is None:
-        return None
-    share = "" if relative is None else f" ({percent(relative)})"
-    against = f" to {found['against']}" if found.get("against") else ""
-    sure = "" if power is None else f" with a probability of {100 * power:g}{SPACE}%"
-    return f"A true difference in {title}{against} of {decimal(difference)}{share} is found{sure}; smaller ones may be missed."
-
-
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    places, targets = example.get("list") or [], [str(title) for title in example.get("targets") or []]
-    return {
-        "user": str(example.get("user_id")),
-        "events": count(example.get("events"), "events"),
-        "history": [str(title) for title in example.get("history") or []],
-        "targets": targets,
-        "more": max(0, int(finite(example.get("targets_in_all")) or 0) - len(targets)),
-        "hits": sum(bool(place.get("hit")) for place in places),
-        "list": [
+        return [
             {
-                "title": str(place.get("title")),
-                "score": NONE if (score := finite(place.get("score"))) is None else decimal(score, 2),
-                "because": place.get("because"),
-                "hit": bool(place.get("hit")),
+                **example,
+                "events": count(example["events"], "events"),
+                "more": example["targets_in_all"] - len(example["targets"]),
+                "hits": sum(place["hit"] for place in example["list"]),
+                "list": [
+                    {**place, "score": NONE if place["score"] is None else decimal(place["score"], 2)}
+                    for place in example["list"]
+                ],
             }
-            for place in places
-        ],
-    }
+            for example in self.report["examples"]
+        ]
 
 
-def _check(check: Any) -> str:
-    """A check for leaks, given as its name or with what it means and how many rows it found."""
-    if not isinstance(check, Mapping):
-        return str(check)
-    told = ": ".join(str(check[key]) for key in ("name", "text", "meaning") if check.get(key))
-    return told + (f" ({count(check['found'], 'rows')})" if finite(check.get("found")) else "")
+def data_set(found: Mapping[str, Any]) -> str:
+    """What a data set holds, in words."""
+    return f"{found['recipe']}: {', '.join(count(found[noun], noun) for noun in ('users', 'events', 'items'))}"
+
+
+def detectable(found: Mapping[str, Any] | None, title: str) -> str | None:
+    """What difference a test finds, in a sentence."""
+    if found is None or found["difference"] is None:
+        return None
+    share = "" if found["relative"] is None else f" ({percent(found['relative'])})"
+    against = f" to {found['against']}" if "against" in found else ""
+    sure = f" with a probability of {100 * found['power']:g}{SPACE}%"
+    return (
+        f"A true difference in {title}{against} of {decimal(found['difference'])}{share} is found{sure}; "
+        "smaller ones may be missed."
+    )

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from features.split import DAY
 from recsys.batch import gather
 from serving.evaluation.judge import Evaluation
 
 if TYPE_CHECKING:
     import polars as pl
 
-DAY = 86_400
 LENGTHS = (5, 10, 20, 50, 100, 200)
 """Events of a history at which a slice begins."""
 RECENT_DAYS = 28
@@ -141,8 +141,7 @@ def _names(column: pl.Series) -> pl.Series | None:
 
 def _natural(name: str) -> tuple[float, str]:
     """Numbers in their order, also behind words."""
-    for start, beside in (("up to ", -0.5), ("over ", 0.5), ("", 0.0)):
-        if name.startswith(start):
-            first = name.removeprefix(start).split(" ")[0].replace(",", "")
-            return (float(first) + beside if first.replace(".", "", 1).isdecimal() else math.inf), name
-    raise AssertionError  # every name starts with nothing
+    sides = {"up to ": -0.5, "over ": 0.5, "": 0.0}
+    start = next(start for start in sides if name.startswith(start))
+    first = name.removeprefix(start).split(" ")[0].replace(",", "")
+    return (float(first) + sides[start] if first.replace(".", "", 1).isdecimal() else math.inf), name

@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from serving.evaluation.numbers import around, finite
+
 Floats = npt.NDArray[np.float64]
 
 GROUPS = 20_000
 """Users, or groups of users where there are more, that are drawn again: beyond, an interval changes in its third digit."""
 BLOCK = 32
 """Draws at once: 5 MB of weights."""
+POWER = 0.8
+"""Chance with which the minimal detectable difference is found."""
 
 
 def bootstrap(
@@ -70,8 +74,6 @@ class Paired:
     error: float
     """Standard error of the difference."""
     users: int
-    seeds: tuple[int, int]
-    """Of either side; the noise between seeds is in the error where a side has at least two."""
     wins: int
     """Users for whom the second is better; `losses` those for whom the first is."""
     losses: int
@@ -93,15 +95,11 @@ class Paired:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON: what is not known is None."""
         return {
-            "a": known(self.first),
-            "b": known(self.second),
-            "difference": {"mean": known(self.difference), "low": known(self.low), "high": known(self.high)},
-            "relative": {
-                "mean": known(self.relative),
-                "low": known(self.relative_low),
-                "high": known(self.relative_high),
-            },
-            "p": known(self.p) if self.users > 1 else None,
+            "a": finite(self.first),
+            "b": finite(self.second),
+            "difference": around(self.difference, self.low, self.high),
+            "relative": around(self.relative, self.relative_low, self.relative_high),
+            "p": finite(self.p) if self.users > 1 else None,
             "users": self.users,
         }
 
@@ -133,7 +131,7 @@ def compare_seeds(first_SU: Floats, second_RU: Floats, level: float = 0.95) -> P
     if users < 2:
         first, second = (float(side_U[0]) if users else math.nan for side_U in (first_U, second_U))
         nothing = (math.nan,) * 4
-        return Paired(first, second, *nothing, 1.0, math.nan, users, seeds, wins, losses)
+        return Paired(first, second, *nothing, 1.0, math.nan, users, wins, losses)
     first, second = float(first_U.mean()), float(second_U.mean())
     (ours, both), (_, theirs) = (np.cov(first_U, second_U) / users).tolist()
     parts = [(float(apart_U.var(ddof=1)) / users, users - 1)]
@@ -145,7 +143,7 @@ def compare_seeds(first_SU: Floats, second_RU: Floats, level: float = 0.95) -> P
     t = float(stdtrit(freedom, (1 + level) / 2))
     p = 2 * float(stdtr(freedom, -abs(difference) / error)) if error else float(difference == 0)
     shares = _fieller(first, second, ours + between[0], theirs + between[1], both, t)
-    return Paired(first, second, difference - t * error, difference + t * error, *shares, p, error, users, seeds, wins, losses)
+    return Paired(first, second, difference - t * error, difference + t * error, *shares, p, error, users, wins, losses)
 
 
 def _fieller(first: float, second: float, ours: float, theirs: float, both: float, t: float) -> tuple[float, float]:
@@ -167,13 +165,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def minimal_detectable(sd: float, users: int, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The true mean difference that a two-sided test at `alpha` finds with chance `power`, from users' standard deviation."""
+def minimal_detectable(sd: float, users: int, alpha: float = 0.05) -> float:
+    """The true mean difference that a two-sided test at `alpha` finds with chance POWER, from users' standard deviation."""
     from scipy.special import ndtri
 
-    return float((ndtri(1 - alpha / 2) + ndtri(power)) * sd / math.sqrt(users)) if users else math.nan
+    return float((ndtri(1 - alpha / 2) + ndtri(POWER)) * sd / math.sqrt(users)) if users else math.nan
 
 
-def known(value: float) -> float | None:
-    """The value for JSON: None where it is none."""
-    return float(value) if math.isfinite(value) else None
+def minimal_difference(least: float, mean: float, level: float) -> dict[str, float | None]:
+    """The minimal detectable difference for JSON, also as a share of a mean."""
+    share = least / mean if mean else math.nan
+    return {"difference": finite(least), "relative": finite(share), "power": POWER, "alpha": round(1 - level, 6)}

@@ -21,8 +21,7 @@ import polars as pl
 import psutil
 
 from features.build import build
-from features.cluster import on_cluster
-from features.parts import in_turn
+from features.parts import in_turn, on_cluster
 from features.synthetic import SyntheticSettings, write
 from recsys.config import Recipe
 

@@ -24,8 +24,7 @@ import torch
 
 from features.build import build
 from features.dataset import Dataset
-from features.synthetic import write
-from features.world import SyntheticSettings, World
+from features.synthetic import SyntheticSettings, World, write
 from recsys.batch import FIRST_ITEM
 from recsys.config import Recipe
 from serving.evaluation.gate import PromotionSettings, decide

@@ -20,6 +20,7 @@ from training.loop import choose_device, fit
 from training.losses import LOSSES
 from training.negatives import SAMPLINGS
 from training.run import DECISIVE
+from training.team import Team
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 KEYS = ("model.block", "model.attention", "loss.kind", "loss.sampling", "loss.logq")
@@ -54,7 +55,7 @@ def main() -> None:
         if any(names.items() <= row.items() for row in done):
             continue
         started = time.perf_counter()
-        state = fit(dataset.sequences, dataset.manifest["warm_items"], *settings, device=choose_device(args.device))
+        state = fit(dataset.sequences, dataset.manifest["warm_items"], *settings, team=Team(device=choose_device(args.device)))
         figures = {name: round(state.curve[-1][name], 4) for name in ("recall@10", "ndcg@10")}
         row = {**names, **figures, "minutes": round((time.perf_counter() - started) / 60, 1)}
         done.append(row)

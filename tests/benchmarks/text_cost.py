@@ -20,7 +20,7 @@ from recsys.config import load_recipe
 from recsys.model import ModelSettings, SequenceModel
 from recsys.text import TextSettings
 from training.data import EpochBatches
-from training.loop import State, TrainSettings, keep_memory, learn
+from training.loop import Lesson, State, TrainSettings, keep_memory
 from training.losses import LossSettings
 from training.optimizer import Optimizer, OptimizerSettings
 from training.run import read_content
@@ -43,23 +43,24 @@ def main() -> None:
     dataset, recipe = Dataset.open(args.dataset), load_recipe(args.recipe, RECIPES, args.set)
     sequences, items = dataset.sequences, dataset.manifest["warm_items"]
     _, content = read_content(dataset, recipe.read(TextSettings))
-    states = {}
+    train, loss = recipe.read(TrainSettings), recipe.read(LossSettings)
+    counts_V = sequences.training_counts(items)
+    states, lessons = {}, {}
     for kind in KINDS:
         settings = {**recipe.read(ModelSettings).as_dict(), "text": kind}
         settings |= {} if kind in ("pooled", "both") else {"ids": True, "id_dropout": 0.0}
         model = SequenceModel(ModelSettings(**settings), items, content, recipe.read(TextSettings).vocabulary)
         model.initialise(torch.Generator().manual_seed(0))
         states[kind] = State(model, Optimizer(model, recipe.read(OptimizerSettings)), torch.Generator().manual_seed(1))
-        states[kind].steps_planned = 10_000
-    train, loss = recipe.read(TrainSettings), recipe.read(LossSettings)
+        lessons[kind] = Lesson(model, train, loss, counts_V)
     length = recipe.read(ModelSettings).length
     batches = EpochBatches(sequences, length, train.batch_tokens, train.seed, 0, train.windows)
-    counts_V = sequences.training_counts(items)
     steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _, batch in zip(range(args.steps + WARM_UP), batches, strict=False):
+    for step, batch in zip(range(args.steps + WARM_UP), batches, strict=False):
         for kind, state in states.items():
             started = time.perf_counter()
-            learn(state, batch, train, loss, counts_V)
+            lessons[kind].learn(state, batch)
+            state.optimizer.step(step, 10_000)
             steps[kind].append(time.perf_counter() - started)
     begins_U, ends_U, _ = sequences.windows("test")
     requests: dict[str, list[float]] = {kind: [] for kind in KINDS}

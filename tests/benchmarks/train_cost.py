@@ -29,6 +29,7 @@ from training.loop import Observation, TrainSettings, choose_device, fit
 from training.losses import LossSettings
 from training.negatives import SAMPLINGS
 from training.optimizer import OptimizerSettings
+from training.team import Team
 from training.validate import validate
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -84,7 +85,7 @@ def until(sequences: Sequences, items: int, settings: list[Any], device: torch.d
                 raise Reached
 
     with contextlib.suppress(Reached):
-        fit(sequences, items, *settings, device=device, observe=observe)
+        fit(sequences, items, *settings, team=Team(device=device), observe=observe)
     return {"seconds_to": round(seconds, 1), "validation_ndcg@10": round(best, 4), "reached": best >= wanted}
 
 
@@ -98,7 +99,7 @@ def cost(sequences: Sequences, items: int, settings: list[Any], device: torch.de
 
     short = dataclasses.replace(train, epochs=epochs + 1, patience=1000, validate_every=1000)
     settings = [model, short, *settings[2:]]
-    fit(sequences, items, *settings, device=device, observe=observe)
+    fit(sequences, items, *settings, team=Team(device=device), observe=observe)
     epoch = statistics.median(list(seconds.values())[1:])
     batches = EpochBatches(sequences, model.length, train.batch_tokens, train.seed, 0, train.windows)
     started = time.perf_counter()

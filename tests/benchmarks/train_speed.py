@@ -19,6 +19,7 @@ from features.dataset import Dataset
 from recsys.config import Recipe, override
 from training.loop import Observation, choose_device, fit
 from training.run import DECISIVE
+from training.team import Team
 
 SHAPE = {
     "model": {"embedding_size": 64, "blocks": 2, "heads": 1, "hidden_size": 64, "length": 200},
@@ -43,7 +44,7 @@ def main() -> None:
 
     settings = [recipe.read(owner) for owner in DECISIVE]
     device = choose_device(args.device)
-    fit(dataset.sequences, dataset.manifest["warm_items"], *settings, device=device, observe=observe)
+    fit(dataset.sequences, dataset.manifest["warm_items"], *settings, team=Team(device=device), observe=observe)
     timed = list(seconds.values())[1:] or list(seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     figures = {"epoch_seconds": round(statistics.median(timed), 2), "epochs": [round(value, 2) for value in seconds.values()]}

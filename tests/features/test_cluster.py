@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import pytest
 
 import features.events
 import features.parts
-from features.cluster import AHEAD, TRIES, on_cluster
 from features.dataset import Dataset
-from features.parts import Asked, Engine, Told
+from features.parts import AHEAD, TRIES, Engine, Made, Part, on_cluster
 from recsys.errors import DataError, RecsysError
 from tests.features.test_build import BAD, BY_TIME, BY_USERS, account
 from tests.serving.servers import free_port
@@ -72,82 +70,80 @@ def test_a_cluster_writes_the_files_that_one_process_writes(layout: str, folder:
 
 
 def test_workers_that_die_change_nothing(folder: Path, build_in: Build, nodes: Engine, tmp_path: Path) -> None:
-    def dying(work: Callable[[Asked], Told], tasks: Iterable[Asked]) -> Iterator[Told]:
-        def die_once(task: Asked) -> Told:
-            mark = tmp_path / task.out.name
-            if mark.suffix == ".sorted" and mark.stem in "1357" and not mark.exists():
+    def dying(work: Callable[[Part], Made], parts: Iterable[Part], folder: Path) -> Iterator[Made]:
+        def die_once(part: Part) -> Made:
+            mark = tmp_path / str(part.number)
+            if folder.name == "staged" and part.number in (1, 3, 5, 7) and not mark.exists():
                 mark.touch()
-                if mark.stem in "15":
-                    work(task)  # it dies of what comes after
+                if part.number in (1, 5):
+                    work(part)  # it dies of what comes after
                 else:
-                    task.out.write_text("half of a part")
+                    (folder / f"{part.number}.part").write_text("half of a part")
                 os.kill(os.getpid(), signal.SIGKILL)
-            return work(task)
+            return work(part)
 
-        return nodes(die_once, tasks)
+        return nodes(die_once, parts, folder)
 
     events = pl.concat(raw_events(), how="diagonal")
     want = account(build_in(folder, events))
     assert account(build_in(folder, events, engine=dying)) == want
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.sorted", "3.sorted", "5.sorted", "7.sorted"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "5", "7"]
 
 
-@dataclass(frozen=True)
-class Numbered:
-    number: int
-    out: Path
+PARTS = [Part(number, None, None) for number in range(11)]
+ROWS = pl.DataFrame({"row": [2, 3, 5]})
 
 
-def numbered(folder: Path, tasks: int = 11) -> Iterator[Numbered]:
-    return (Numbered(number, folder / str(number)) for number in range(tasks))
-
-
-def test_tasks_are_done_at_once_few_ahead_and_told_in_their_order(nodes: Engine, tmp_path: Path) -> None:
-    def wait_for_the_next(task: Numbered) -> int:
-        task.out.touch()
-        while task.number == 0 and not task.out.with_name("1").exists():
+def test_parts_are_worked_off_at_once_few_ahead_and_told_in_their_order(nodes: Engine, tmp_path: Path) -> None:
+    def wait_for_the_next(part: Part) -> Made:
+        (tmp_path / str(part.number)).touch()
+        while part.number == 0 and not (tmp_path / "1").exists():
             time.sleep(0.01)
-        return task.number
+        return ROWS * part.number, part.number
 
-    taken: list[int] = []
+    taken: list[Part] = []
 
-    def tasks() -> Iterator[Numbered]:
-        for task in numbered(tmp_path):
-            taken.append(task.number)
-            yield task
+    def parts() -> Iterator[Part]:
+        for part in PARTS:
+            taken.append(part)
+            yield part
 
-    told = nodes(wait_for_the_next, tasks())
-    assert next(told) == 0
+    made = nodes(wait_for_the_next, parts(), tmp_path)
+    assert next(made)[1] == 0
     assert len(taken) == AHEAD * 2
-    assert list(told) == list(range(1, 11))
+    rest = list(made)
+    assert [told for _, told in rest] == list(range(1, 11))
+    assert all(rows.equals(ROWS * told) for rows, told in rest)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_what_the_user_can_mend_comes_from_the_worker_as_it_is(nodes: Engine, tmp_path: Path) -> None:
-    def refuse(task: Numbered) -> None:
+    def refuse(part: Part) -> Made:
         raise DataError("this is why")
 
     with pytest.raises(DataError, match=r"^this is why$"):
-        list(nodes(refuse, numbered(tmp_path)))
+        list(nodes(refuse, PARTS, tmp_path))
     with pytest.raises(DataError, match=r"gone: node .* does not find this folder; give --out a folder that all nodes see"):
-        list(nodes(refuse, numbered(tmp_path / "gone")))
+        list(nodes(refuse, PARTS, tmp_path / "gone"))
 
 
 def test_a_mistake_of_ours_comes_with_where_it_was_made(nodes: Engine, tmp_path: Path) -> None:
-    def stumble(task: Numbered) -> float:
-        return 1 / task.number
+    def stumble(part: Part) -> Made:
+        return ROWS, 1 / part.number
 
     with pytest.raises(ZeroDivisionError, match="stumble"):
-        list(nodes(stumble, numbered(tmp_path)))
+        list(nodes(stumble, PARTS, tmp_path))
 
 
 def test_a_part_of_which_workers_die_ends_the_build(nodes: Engine, tmp_path: Path) -> None:
-    def die(task: Numbered) -> None:
-        with task.out.open("a") as file:
+    def die(part: Part) -> Made:
+        with (tmp_path / str(part.number)).open("a") as file:
             file.write(".")
         os.kill(os.getpid(), signal.SIGKILL)
+        return ROWS, None
 
     with pytest.raises(RecsysError, match="its workers are lost"):
-        list(nodes(die, numbered(tmp_path, 1)))
+        list(nodes(die, PARTS[:1], tmp_path))
     assert (tmp_path / "0").read_text() == "." * TRIES
 
 

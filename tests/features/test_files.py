@@ -88,6 +88,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "empty": (lambda f: (f / "events.csv").write_text(""), {}, "events.csv: the file is empty"),
     "header alone": (lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n"), {}, "there are no events"),
     "column": (lambda f: (f / "events.csv").write_text("user,item_id,timestamp\n1,2,3\n"), {}, "did you mean 'user'?"),
+    "semicolons": (lambda f: (f / "events.csv").write_text("user;item;day\n1;2;3\n"), {}, "write it with commas"),
     "not Parquet": (lambda f: (f / "events.parquet").write_text("nonsense"), {}, "cannot be read"),
     "not JSON": (lambda f: (f / "events.jsonl").write_text('{"user_id": 1}\nnonsense\n'), {}, "cannot be read"),
     "ragged": (lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n1,2,3,4\n"), {}, "cannot be read"),

@@ -59,8 +59,11 @@ def test_columns_stand_end_to_end_in_the_order_of_the_recipe() -> None:
 
 WRONG: dict[str, tuple[pl.Series, str]] = {
     "lists of unequal length": (pl.Series("image", [[2], [3, 5], None]), "'image' hold 1 to 2 numbers"),
-    "texts": (pl.Series("price", ["2", "cheap", "dear"]), "'price' holds 2 cells that are no numbers"),
-    "texts in lists": (pl.Series("image", [["2", "x"], ["3", "5"], None]), "'image' holds 1 cells that are no numbers"),
+    "texts": (pl.Series("price", ["2", "cheap", "dear"]), "'price' holds 2 cells that are no numbers, such as 'cheap'"),
+    "texts in lists": (
+        pl.Series("image", [["2", "x"], ["3", "5"], None]),
+        "holds 1 cells that are no numbers, such as 'x'",
+    ),
     "bytes": (pl.Series("price", [b"2", None, b"5"]), "'price'"),
     "lists of lists": (pl.Series("image", [[[2]], [[3]], None]), "'image'"),
     "structs": (pl.Series("price", [{"cents": 2}, {"cents": 3}, None]), "'price'"),

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import features.parts
-from features.build import build
+from features.build import build, resplit
 from features.dataset import MANIFEST, Dataset
 from features.leaks import KINDS, SHOWN, Check, LeakSettings, find_leaks, refuse
-from features.resplit import resplit
 from features.split import SplitSettings
 from recsys.batch import FIRST_ITEM
 from recsys.bundle import publish

@@ -32,6 +32,11 @@ def rows(table: pl.LazyFrame | None) -> Rows:
     return table.collect().rows()
 
 
+def rows_by_column(table: pl.LazyFrame | None, *names: str) -> list[list[Any]]:
+    assert table is not None
+    return [column.to_list() for column in table.select(names).collect()]
+
+
 def ml_1m() -> dict[str, bytes]:
     """Item 31 has 5 ratings, item 37 has 6, item 41 has 4; users 2 and 3 rate two items in the same second."""
     ratings = [(user, 31, 1_000 - user) for user in (2, 3, 5, 7, 11)] + [(user, 41, 1_001) for user in (2, 3, 5, 7)]
@@ -101,11 +106,28 @@ def online_retail() -> dict[str, bytes]:
     return {"Online Retail.csv": retail_csv("%Y-%m-%d %H:%M:%S")}
 
 
+def banking77() -> dict[str, bytes]:
+    """Eleven messages of one intent, so that the tenth is for validation, and one of another; two of the test."""
+    train = [f'"Where is card {number}?\n",card_arrival\n' for number in range(11)]
+    train.append('"What, again?",Refund_not_showing_up\n')
+    test = ["I forgot my code,card_arrival\n", "My money back,Refund_not_showing_up\n"]
+    return {name: ("text,category\n" + "".join(rows)).encode() for name, rows in (("train.csv", train), ("test.csv", test))}
+
+
+def financial_phrasebank() -> dict[str, bytes]:
+    """Three headlines of steel, one of food, one of neither, one twice."""
+    texts = ["Outokumpu 's profit fell@negative", "Ruukki @ work in Turku@neutral", "Componenta gains@positive"]
+    texts += ["Olvi brews more@positive", "Höyry: nothing happened@neutral", "Olvi brews more@neutral"]
+    return {"Sentences_50Agree.txt": "\r\n".join(texts).encode("latin-1")}
+
+
 FILES: dict[str, Callable[[], dict[str, bytes]]] = {
     "ml-1m": ml_1m,
     "ml-100k": ml_100k,
     "amazon-beauty": amazon_beauty,
     "online-retail": online_retail,
+    "banking77": banking77,
+    "financial-phrasebank": financial_phrasebank,
 }
 
 
@@ -174,6 +196,45 @@ def test_online_retail_keeps_what_a_customer_bought_once_an_invoice(tmp_path: Pa
     check_retail(dataclasses.replace(tables, items=items.filter(pl.col("item_id") != "9")))
 
 
+def test_a_conversation_is_a_message_and_the_answer_of_its_intent(tmp_path: Path) -> None:
+    tables = read_source("banking77", place(tmp_path, banking77()))
+    events, items = tables.events.collect(), dict(zip(*rows_by_column(tables.items, "item_id", "title"), strict=True))
+    assert items["card_arrival"] == "Card arrival" and items["Refund_not_showing_up"] == "Refund not showing up"
+    assert items["m1"] == "Where is card 0?" and items["m12"] == "What, again?" and items["m14"] == "My money back"
+    assert sorted(set(rows_by_column(tables.items, "categories")[0])) == ["answer", "message"]
+    told = events.group_by("user_id", maintain_order=True).agg("item_id", (pl.col("timestamp") - 1_704_067_200) // 86_400)
+    found = {user: (said, days) for user, said, days in told.rows()}
+    assert found["c1"] == (["m1", "card_arrival"], [0, 0])
+    assert found["c10"] == (["m10", "card_arrival"], [0, 1])
+    assert found["c12"] == (["m12", "Refund_not_showing_up"], [0, 0])
+    assert found["c13"] == (["m13", "card_arrival"], [1, 2])
+    assert len(found) == 14 and len(items) == 16
+
+
+def test_a_desk_reads_headlines_of_its_trade_within_the_hour(tmp_path: Path) -> None:
+    tables = read_source("financial-phrasebank", place(tmp_path, financial_phrasebank()))
+    assert tables.items is not None and tables.users is not None
+    items = tables.items.collect()
+    titles = dict(items.select("title", "sentiment").rows())
+    assert titles["Ruukki @ work in Turku"] == "neutral" and titles["Olvi brews more"] == "positive" and len(items) == 5
+    assert titles["Höyry: nothing happened"] == "neutral"
+    trades = dict(items.select("title", "trade").rows())
+    assert trades["Componenta gains"] == "steel" and trades["Olvi brews more"] == "food"
+    assert trades["Höyry: nothing happened"] is None
+    read = tables.events.join(tables.items, on="item_id").join(tables.users, on="user_id").collect()
+    assert read["follows"].n_unique() > 2  # by the chance of a headline of no trade of theirs
+    assert (read["timestamp"] - read["published"]).is_between(0, 3599).all()
+    own = read.filter(pl.col("follows") == pl.col("trade"))
+    assert 0.6 < len(own) / (20 * 3 + 20) < 0.8
+    assert own.filter(pl.col("trade") == "steel")["user_id"].n_unique() > 15
+
+
+def test_a_set_that_is_not_downloaded_asks_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECSYS_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=r"no queries\.parquet or train\.csv .* name the folder .* for it is not downloaded"):
+        read_source("banking77")
+
+
 def test_the_workbook_says_the_same_as_its_csv(tmp_path: Path) -> None:
     pytest.importorskip("fastexcel")
     check_retail(read_source("online-retail", place(tmp_path, {"Online Retail.xlsx": retail_workbook()})))
@@ -206,13 +267,13 @@ def test_a_source_is_downloaded_once(name: str, tmp_path: Path, monkeypatch: pyt
     published = [
         Published(f"{publisher.url}/{path}", len(body), hashlib.sha256(body).hexdigest()) for path, body in files.items()
     ]
-    sources = {name: dataclasses.replace(SOURCES[name], files=tuple(published))}
+    monkeypatch.setitem(SOURCES, name, dataclasses.replace(SOURCES[name], files=tuple(published)))
     monkeypatch.setenv("RECSYS_CACHE", str(tmp_path))
     reports: list[str] = []
-    first = read_source(name, progress=lambda file, done, total: reports.append(file), sources=sources)
+    first = read_source(name, progress=lambda file, done, total: reports.append(file))
     assert {file.name for file in published} == set(reports)
     publisher.stop()
-    assert rows(read_source(name, sources=sources).events) == rows(first.events)
+    assert rows(read_source(name).events) == rows(first.events)
     assert len(publisher.requests) == len(published)
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(files)
 
@@ -257,7 +318,7 @@ def publisher() -> Iterator[Publisher]:
 def real() -> Path:
     folder = os.environ.get("RECSYS_DATA")
     if not folder:
-        pytest.skip("RECSYS_DATA names no folder with ml-1m, ml-100k, amazon-beauty and online-retail")
+        pytest.skip(f"RECSYS_DATA names no folder with {', '.join(SOURCES)}")
     return Path(folder)
 
 
@@ -268,6 +329,8 @@ def real() -> Path:
         ("ml-100k", 943, 1_682, 100_000, 1_682),
         ("amazon-beauty", 22_363, 12_101, 198_502, 12_101),
         ("online-retail", 4_339, 3_665, 387_875, 4_070),
+        ("banking77", 13_083, 13_160, 26_166, 13_160),
+        ("financial-phrasebank", 240, 3_467, 21_548, 4_838),
     ],
 )
 def test_real_counts(real: Path, name: str, users: int, items: int, events: int, listed: int) -> None:

@@ -12,8 +12,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.build import resplit
 from features.dataset import Dataset
-from features.resplit import resplit
 from features.split import DAY, SplitSettings, is_cold, is_held_out, split_ends
 from recsys.batch import FIRST_ITEM
 from recsys.config import Recipe

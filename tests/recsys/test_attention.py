@@ -61,14 +61,15 @@ def test_a_pattern_is_its_rule(pattern, objective):
 @pytest.mark.parametrize("biased", [False, True])
 def test_chunks_change_neither_values_nor_gradients(pattern, objective, pointwise, biased, monkeypatch):
     extra = {"positions": "relative", "time": "relative", "request_time": True} if biased else {}
-    layer = module(dataclasses.replace(SETTINGS, attention=pattern, objective=objective, **extra))
+    block = "hstu" if pointwise else "sasrec"
+    layer = module(dataclasses.replace(SETTINGS, block=block, attention=pattern, objective=objective, **extra))
     seen = view([53, 29])
     qkv = random_qkv(seen)
     inside = torch.arange(53) < seen.lengths_B[:, None]
     results = []
     for chunk in (512, 11):
         monkeypatch.setattr(attention, "QUERIES", chunk)
-        mixed = layer(*qkv, seen, pointwise).transpose(1, 2)[inside]
+        mixed = layer(*qkv, seen).transpose(1, 2)[inside]
         results.append([mixed, *torch.autograd.grad(mixed.square().sum(), [qkv, *layer.parameters()])])
     for whole, parts in zip(*results, strict=True):
         assert torch.allclose(whole, parts)
@@ -79,7 +80,8 @@ def test_chunks_change_neither_values_nor_gradients(pattern, objective, pointwis
 def test_memory_grows_with_the_length_and_not_with_its_square(pattern, kind):
     """Bytes kept for the backward pass, at 2,048 and 8,192 events."""
     extra = {"positions": "relative", "time": "relative"} if kind == "biased" else {}
-    settings = dataclasses.replace(SETTINGS, heads=1, length=8192, attention=pattern, span=64, **extra)
+    block = "hstu" if kind == "pointwise" else "sasrec"
+    settings = dataclasses.replace(SETTINGS, block=block, heads=1, length=8192, attention=pattern, span=64, **extra)
 
     def kept(length: int) -> int:
         seen, storages = view([length]), {}
@@ -89,7 +91,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(pattern, kind):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            out = module(settings)(*random_qkv(seen, heads=1), seen, kind == "pointwise")
+            out = module(settings)(*random_qkv(seen, heads=1), seen)
         assert out.shape == (1, 1, length, 4)
         return sum(storages.values())
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.config import Recipe, Settings, load_recipe, nearest
+from recsys.config import Recipe, Seconds, Settings, load_recipe, nearest
 from recsys.errors import RecipeError
 
 
@@ -25,6 +25,7 @@ class KitchenSettings(Settings):
     open: bool = False
     chef: str = "Ada"
     dishes: tuple[str, ...] = ("soup",)
+    opens: Seconds = 0
 
     def __post_init__(self) -> None:
         if self.cooks < 1:
@@ -111,6 +112,22 @@ def test_a_value_given_by_set_may_hold_an_equals_sign(write):
     assert read(write(""), "kitchen.chef=a=b").chef == "a=b"
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("2026-04-10", 1_775_779_200),
+        ("'2026-04-10'", 1_775_779_200),
+        ("2026-04-10T02:00:07", 1_775_786_407),
+        ("2026-04-10 02:00:07+02:00", 1_775_779_207),
+        ("1775779200", 1_775_779_200),
+    ],
+)
+def test_a_date_will_do_for_seconds(write, said, seconds):
+    assert read(write(f"[kitchen]\nopens = {said}")).opens == read(write(""), f"kitchen.opens={said}").opens == seconds
+    assert "kitchen.cooks: " in refusal(write("[kitchen]\ncooks = 2026-04-10"))
+    assert read(write("[kitchen]\nchef = 2026-04-10")).chef == "2026-04-10"
+
+
 def test_a_whole_number_will_do_for_a_fraction(write):
     assert read(write("[kitchen]\nsalt = 2")).salt == 2.0
 
@@ -120,7 +137,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(write):
 
 
 def test_an_unknown_key_like_none_is_refused_with_all_that_are_known(write):
-    assert refusal(write(""), "kitchen.zzz=5").endswith("unknown key kitchen.zzz; known are cooks, salt, open, chef, dishes")
+    message = refusal(write(""), "kitchen.zzz=5")
+    assert message.endswith("unknown key kitchen.zzz; known are cooks, salt, open, chef, dishes, opens")
 
 
 def test_an_unknown_section_is_refused_with_the_nearest(write):

@@ -127,7 +127,7 @@ def test_attention_to_text_is_its_equations(span, learnt_states, states):
 def test_packed_histories_attend_to_their_own_text(span):
     made, held = attention(span, content())
     batch = random_batch([3, 17, 1, 7])
-    rows_1T, at_T = batch.end_to_end.padded(31), torch.zeros(31, dtype=torch.int64)
+    rows_1T, at_T = Batch.of([batch.values.tolist()]).padded(31), torch.zeros(31, dtype=torch.int64)
     at_T[:28] = torch.arange(28) - batch.offsets[:-1][batch.owners]
     packed = View(torch.tensor([28]), rows_1T, at_T, rows_1T, rows_1T)
     x_BTE = torch.randn(4, 17, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -191,14 +191,14 @@ def test_neither_a_later_event_nor_the_text_of_a_later_item_changes_an_earlier_s
     settings = dataclasses.replace(SETTINGS, text=text, text_span=span)
     known = content(learnt_states)
     model, batch = build(settings, known), Batch.of([list(range(5, 24))])
-    before = model(batch)[0]
+    before = model(batch)[-1][0]
     values = batch.values.clone()
     values[13] = FIRST_ITEM + 30
-    after = model(dataclasses.replace(batch, values=values))[0]
+    after = model(dataclasses.replace(batch, values=values))[-1][0]
     assert torch.allclose(before[:13], after[:13], atol=1e-6)
     assert not torch.allclose(before[13], after[13], atol=1e-3)
     item = int(batch.values[13]) - FIRST_ITEM
-    again = build(settings, other_text(known, item))(batch)[0]
+    again = build(settings, other_text(known, item))(batch)[-1][0]
     assert torch.allclose(before[:13], again[:13], atol=1e-6)
     assert not torch.allclose(before[13], again[13], atol=1e-3)
 
@@ -213,12 +213,12 @@ def test_a_fresh_model_with_attention_to_text_has_the_states_of_the_one_without(
         f"text_attention.{name}" for name in model.text_attention.state_dict()
     }
     batch = random_batch([3, 19, 1, 7], LEARNT)
-    assert torch.equal(model(batch), plain(batch))
+    assert torch.equal(model(batch)[-1], plain(batch)[-1])
     assert torch.equal(model.item_vectors(), plain.item_vectors())
     with torch.no_grad():
         model.text_attention.gate.fill_(1)
         model.text_attention.attention_out.weight *= 50
-    assert not torch.allclose(model(batch), plain(batch), atol=1e-3)
+    assert not torch.allclose(model(batch)[-1], plain(batch)[-1], atol=1e-3)
 
 
 def test_the_gate_and_through_it_all_weights_are_learnt():
@@ -227,7 +227,7 @@ def test_the_gate_and_through_it_all_weights_are_learnt():
         model.text_attention.gate.zero_()
     for opened in (False, True):
         model.zero_grad()
-        (model(batch) @ model.item_vectors().T).square().mean().backward()
+        (model(batch)[-1] @ model.item_vectors().T).square().mean().backward()
         learnt = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
         named = dict(model.named_parameters())
         assert learnt == set(named) - (set() if opened else {name for name in named if name.startswith("text_")}) | {
@@ -244,12 +244,14 @@ def test_neighbours_padding_and_order_change_no_state(text, objective, span):
     model = build(dataclasses.replace(SETTINGS, text=text, objective=objective, text_span=span))
     together = random_batch([3, 19, 1, 0, 7])
     states = model.encode(together)
-    assert torch.allclose(model.encode(together, positions=32), states, atol=1e-5)
+    wide_BTE, view = model.read(together, positions=32)
+    assert torch.allclose(model.place(wide_BTE[view.last]), states, atol=1e-5)
     assert torch.equal(states[3], torch.zeros(12))
     for line, (start, end) in enumerate(itertools.pairwise(together.offsets.tolist())):
         alone = Batch.of([together.values[start:end].tolist()])
         assert torch.allclose(model.encode(alone)[0], states[line], atol=1e-5)
-        assert torch.allclose(model.encode(alone, positions=32)[0], states[line], atol=1e-5)
+        wide_1TE, view = model.read(alone, positions=32)
+        assert torch.allclose(model.place(wide_1TE[view.last])[0], states[line], atol=1e-5)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -259,7 +261,7 @@ def test_a_history_leaves_at_the_first_block_that_changes_little(text, objective
     batch = random_batch([5, 11, 0, 3, 2, 19])
     read, _ = model.asked(batch, None)
     last = torch.arange(len(batch)), (read.lengths - 1).clamp(min=0)
-    exits = [states[last] for states in model.exits(read)]
+    exits = [states[last] for states in model(read)]
     alike = torch.stack([torch.cosine_similarity(a, b) for a, b in itertools.pairwise(exits[:-1])])
     leave = (alike.sort(1).values[:, -2] - 1e-4).tolist()
     depths = set()
@@ -279,7 +281,7 @@ def test_a_masked_state_reads_the_text_of_both_sides_or_of_those_before(text):
     rows[7] = UNKNOWN
 
     def state(known: Content) -> torch.Tensor:
-        return build(settings, known)(Batch.of([rows]))[0, 7]
+        return build(settings, known)(Batch.of([rows]))[-1][0, 7]
 
     before = state(known)
     for place, read in {2: text != "cross", 5: True, 9: text != "cross"}.items():
@@ -410,10 +412,10 @@ def test_dropped_ids_leave_the_description_and_items_without_one_keep_their_id()
 def test_dropping_ids_changes_states_while_training_alone():
     settings = dataclasses.replace(SETTINGS, text="pooled", dropout=0.0)
     batch, model = random_batch([7, 11]), build(dataclasses.replace(settings, id_dropout=0.5))
-    assert torch.equal(model(batch), build(settings)(batch))
-    assert not torch.allclose(model(batch, torch.Generator().manual_seed(0)), model(batch), atol=1e-3)
+    assert torch.equal(model(batch)[-1], build(settings)(batch)[-1])
+    assert not torch.allclose(model(batch, torch.Generator().manual_seed(0))[-1], model(batch)[-1], atol=1e-3)
     plain = build(settings)
-    assert torch.equal(plain(batch, torch.Generator().manual_seed(0)), plain(batch))
+    assert torch.equal(plain(batch, torch.Generator().manual_seed(0))[-1], plain(batch)[-1])
 
 
 @pytest.mark.parametrize("text", ["pooled", "both"])
@@ -431,7 +433,7 @@ def test_every_option_of_text_changes_the_scores():
 
     def scores(settings: ModelSettings) -> torch.Tensor:
         model = build(settings)
-        return model(batch, torch.Generator().manual_seed(1))[:, -1] @ model.item_vectors()[:LEARNT].T
+        return model(batch, torch.Generator().manual_seed(1))[-1][:, -1] @ model.item_vectors()[:LEARNT].T
 
     before = scores(SETTINGS)
     for option, value in {"text": "cross", "text_span": 3, "ids": False, "id_dropout": 0.5}.items():
@@ -461,9 +463,9 @@ def test_a_model_of_text_without_content_is_refused():
 @torch.no_grad()
 def test_packing_changes_no_state(text):
     model, batch = build(dataclasses.replace(SETTINGS, text=text)), random_batch([3, 19, 1, 7])
-    padded = model(batch).flatten(0, 1)[batch.places(19)]
-    assert torch.allclose(model(batch, packed=True)[0], padded, atol=1e-5)
-    assert torch.allclose(model(batch, packed=True, positions=128)[0, :30], padded, atol=1e-5)
+    padded = model(batch)[-1].flatten(0, 1)[batch.places(19)]
+    assert torch.allclose(model(batch, packed=True)[-1][0], padded, atol=1e-5)
+    assert torch.allclose(model(batch, packed=True, positions=128)[-1][0, :30], padded, atol=1e-5)
 
 
 def test_what_is_kept_between_requests_is_that_of_the_weights_as_they_are():

@@ -62,7 +62,7 @@ def test_a_future_event_changes_no_earlier_state(settings):
     values[13] = FIRST_ITEM + (values[13] - FIRST_ITEM + 1) % ITEMS
     times[14:] += 1_000_000_007
     changed = Batch(values, batch.offsets, times)
-    before, after = model(batch, asked=asked(batch)), model(changed, asked=asked(changed))
+    before, after = model(batch, asked=asked(batch))[-1], model(changed, asked=asked(changed))[-1]
     assert torch.allclose(before[0, :13], after[0, :13], atol=1e-6)
     assert not torch.allclose(before[0, 13], after[0, 13], atol=1e-3)
 
@@ -71,7 +71,8 @@ def test_a_future_event_changes_no_earlier_state(settings):
 def test_neighbours_padding_and_order_change_no_state(settings):
     model, together = build(settings), random_batch([3, 19, 1, 7])
     states = model.encode(together)
-    assert torch.allclose(model.encode(together, positions=32), states, atol=1e-5)
+    wide_BTE, view = model.read(together, positions=32)
+    assert torch.allclose(model.place(wide_BTE[view.last]), states, atol=1e-5)
     for line in range(len(together)):
         part = slice(together.offsets[line], together.offsets[line + 1])
         alone = Batch.of([together.values[part].tolist()], [together.times[part].tolist()])
@@ -86,9 +87,9 @@ PACKED = [kind for kind in KINDS + MASKED if kind.block == "ligr" and kind.time 
 @torch.no_grad()
 def test_packing_changes_no_state(settings):
     model, batch = build(settings), random_batch([3, 19, 1, 7])
-    padded = model(batch, asked=asked(batch)).flatten(0, 1)[batch.places(19)]
-    assert torch.allclose(model(batch, asked=asked(batch), packed=True)[0], padded, atol=1e-5)
-    assert torch.allclose(model(batch, asked=asked(batch), packed=True, positions=128)[0, :30], padded, atol=1e-5)
+    padded = model(batch, asked=asked(batch))[-1].flatten(0, 1)[batch.places(19)]
+    assert torch.allclose(model(batch, asked=asked(batch), packed=True)[-1][0], padded, atol=1e-5)
+    assert torch.allclose(model(batch, asked=asked(batch), packed=True, positions=128)[-1][0, :30], padded, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", MASKED, ids=name)
@@ -96,11 +97,11 @@ def test_a_masked_item_is_not_seen_and_both_sides_are(settings):
     model, batch = build(dataclasses.replace(settings, attention="full", blocks=1)), random_batch([19])
     values = batch.values.clone()
     values[7] = UNKNOWN
-    hidden = model(Batch(values, batch.offsets, batch.times))[0, 7]
+    hidden = model(Batch(values, batch.offsets, batch.times))[-1][0, 7]
     for place in (2, 16):
         other = values.clone()
         other[place] = FIRST_ITEM + (other[place] - FIRST_ITEM + 1) % ITEMS
-        assert not torch.allclose(model(Batch(other, batch.offsets, batch.times))[0, 7], hidden, atol=1e-4)
+        assert not torch.allclose(model(Batch(other, batch.offsets, batch.times))[-1][0, 7], hidden, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -130,12 +131,11 @@ def test_shared_blocks_are_used_in_turn():
 
 def test_exits_are_the_states_after_each_block():
     model, batch = build(dataclasses.replace(SETTINGS, blocks=3, early_exit=True)), random_batch([5, 11])
-    exits = model.exits(batch)
+    exits = model(batch)
     assert len(exits) == 4
-    assert torch.equal(exits[-1], model(batch))
     shallow = SequenceModel(dataclasses.replace(SETTINGS, blocks=1), ITEMS)
     shallow.load_state_dict({key: model.state_dict()[key] for key in shallow.state_dict()})
-    assert torch.equal(exits[1], shallow(batch))
+    assert torch.equal(exits[1], shallow(batch)[-1])
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -146,7 +146,7 @@ def test_a_history_leaves_at_the_first_block_that_changes_little(objective):
     )
     read, _ = model.asked(batch, None)
     last = torch.arange(len(batch)), (read.lengths - 1).clamp(min=0)
-    exits = [states[last] for states in model.exits(read)]
+    exits = [states[last] for states in model(read)]
     alike = torch.stack([torch.cosine_similarity(a, b) for a, b in itertools.pairwise(exits[:-1])])
     leave = (alike.sort(1).values[:, -2] - 1e-4).tolist()
     depths = []
@@ -178,7 +178,7 @@ def test_an_item_beyond_the_catalogue_is_the_unknown_item():
 
 def test_the_score_of_the_last_state_is_that_of_encode():
     model, batch = build(), random_batch([5, 11])
-    states = model(batch)
+    states = model(batch)[-1]
     assert torch.allclose(model.encode(batch), torch.stack([states[0, 4], states[1, 10]]))
 
 
@@ -214,7 +214,7 @@ def test_every_option_changes_the_scores(option):
 
     def scores(settings: ModelSettings) -> torch.Tensor:
         model, read = build(settings), batch.last(settings.length)
-        states_BTE = model(read, torch.Generator().manual_seed(1), asked=asked(read))
+        states_BTE = model(read, torch.Generator().manual_seed(1), asked=asked(read))[-1]
         return states_BTE[:, -1] @ model.item_vectors().T
 
     before = dataclasses.replace(SETTINGS, **NEEDS.get(option, {}))
@@ -227,7 +227,7 @@ def test_both_table_backends_give_the_same_numbers_and_gradients():
     batch, results = random_batch([5, 11, 2]), []
     for backend in TABLES:
         model = build(dataclasses.replace(SETTINGS, embedding=backend))
-        states = model(batch, torch.Generator().manual_seed(1))
+        states = model(batch, torch.Generator().manual_seed(1))[-1]
         (states.sum(1) @ model.item_vectors().T).square().sum().backward()
         results.append((states, model.table.weight.grad))
     for ours, theirs in zip(*results, strict=True):

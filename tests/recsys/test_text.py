@@ -134,6 +134,13 @@ def test_lsa_is_tfidf_and_svd_worked_out_plainly():
     assert torch.allclose(found @ found.T, directions @ directions.T, atol=1e-4)
 
 
+def test_lsa_of_texts_that_are_all_alike_or_few_is_the_same_each_time():
+    for texts in ([f"jumbo {colour} bag" for colour in ["red", "blue", "green", "pink"]] * 15, ["the sea", "the sea"], TEXTS):
+        first, again = (fitted("lsa", texts, size=64).components_WP for _ in range(2))
+        assert torch.equal(first, again)
+        assert bool(first.isfinite().all()) and bool(first.any())
+
+
 def test_a_term_of_lsa_points_where_its_line_of_the_singular_vectors_does():
     encoder = fitted("lsa")
     encoded = encoder.encode(["sea ship"])

@@ -64,7 +64,7 @@ def test_children_say_how_they_ended_also_one_that_never_started(settings, clien
     parent = Tracking(settings)
     wanted = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
     with parent.run("search"):
-        children = {state: parent.child() for state in wanted}
+        children = {state: parent.another(nested=True) for state in wanted}
         for state, child in children.items():
             if state != "failed":
                 with child.run(state):
@@ -186,9 +186,9 @@ def test_a_version_that_was_deleted_is_stepped_over(registered, client):
 
 def test_a_promotion_that_broke_off_between_its_two_steps_is_not_rolled_back_to(registered):
     tracking = Tracking(registered)
-    tracking._remember("champion", ["1", "2", "3"])  # and the alias did not move
+    tracking._remember(["1", "2", "3"])  # and the alias did not move
     assert tracking.rollback() == "2"
-    tracking._remember("champion", ["1", "2"])
+    tracking._remember(["1", "2"])
     tracking.promote("3")
     assert [tracking.rollback(), tracking.rollback()] == ["2", "1"]
     nothing_left(registered)
@@ -201,15 +201,6 @@ def test_an_alias_remembers_its_latest_versions(registered, client, monkeypatch)
         tracking.promote(version)
     told = client.get_registered_model(registered.model).tags["champion.before"].split(",")
     assert told == ["3", "1", "2", "1", "2"]
-
-
-def test_each_alias_has_a_past_of_its_own(registered):
-    tracking = Tracking(registered)
-    for version in ("1", "3"):
-        tracking.promote(version, "challenger")
-    assert tracking.resolve("challenger")[0] == "3"
-    assert tracking.rollback("challenger") == "1"
-    assert champion(registered) == "3"
 
 
 def test_a_name_is_resolved_to_a_version_and_the_place_of_its_files(registered, folder):
@@ -343,12 +334,6 @@ def test_there_is_no_champion_where_nothing_is_registered_or_tracking_is_off(reg
     assert Tracking(registered).champion() == "3"
     assert Tracking(replace(registered, model="none")).champion() == ""
     assert Tracking(TrackingSettings(uri="off")).champion() == ""
-
-
-@pytest.mark.parametrize("verb", ["list", "promote", "rollback"])
-def test_every_verb_of_bundles_has_an_example(verb, run, capsys):
-    assert run("bundles", verb, "--help") == 0
-    assert f"Example: recsys bundles {verb}" in capsys.readouterr().out
 
 
 def test_the_settings_come_before_the_environment_and_that_before_the_working_directory(monkeypatch, tmp_path):

@@ -171,9 +171,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory, run: Path, dataset: Dataset) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bundles")
+    return exported(tmp_path_factory.mktemp("bundles"), run, dataset, probes=5)
+
+
+def exported(folder: Path, run: Path, dataset: Dataset | None, probes: int = 3) -> dict[str, Path]:
+    """A bundle with each kind of index."""
     for kind in INDEXES:
-        export(run, folder / kind, IndexSettings(kind=kind, probes=5), dataset)
+        export(run, folder / kind, IndexSettings(kind=kind, probes=probes), dataset)
     return {kind: folder / kind for kind in INDEXES}
 
 
@@ -199,18 +203,12 @@ def stocked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stocked_bundles(tmp_path_factory: pytest.TempPathFactory, stocked_run: Path) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("stocked-bundles")
-    for kind in INDEXES:
-        export(stocked_run, folder / kind, IndexSettings(kind=kind, probes=3))
-    return {kind: folder / kind for kind in INDEXES}
+    return exported(tmp_path_factory.mktemp("stocked-bundles"), stocked_run, None)
 
 
 @pytest.fixture(scope="session")
 def shop_bundles(tmp_path_factory: pytest.TempPathFactory, shop_run: Path, shop: Dataset) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("shop-bundles")
-    for kind in INDEXES:
-        export(shop_run, folder / kind, IndexSettings(kind=kind, probes=3), shop)
-    return {kind: folder / kind for kind in INDEXES}
+    return exported(tmp_path_factory.mktemp("shop-bundles"), shop_run, shop)
 
 
 RANKERS = {
@@ -225,9 +223,7 @@ RANKERS = {
 def ranked_bundles(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> dict[str, Path]:
     """A bundle with an exact index for each kind of ranker."""
     folder = tmp_path_factory.mktemp("ranked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serving.export.HISTORIES", 13)  # by more, explanations are measured 3 s a bundle
-        for name, settings in RANKERS.items():
-            run = write_run(folder / f"run-{name}", dataset, ranker=settings, time="gaps")
-            export(run, folder / name, IndexSettings(), dataset)
+    for name, settings in RANKERS.items():
+        run = write_run(folder / f"run-{name}", dataset, ranker=settings, time="gaps")
+        export(run, folder / name, IndexSettings(), dataset)
     return {name: folder / name for name in RANKERS}

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from serving.admission import OnlineSettings
-from serving.app import Online, create_app
+from serving.app import Online
 from serving.fallback import open_lists
 from serving.history import open_store
 from serving.keys import Keys
@@ -47,7 +47,7 @@ def made(
     service = Service(arms, open_store(store, chosen.keep), chosen, lists=listed, addresses=addresses, **clocked)
     services.append(service)
     paged = {} if page is None else {"page": page}
-    return create_app(service, None if keys is None else Keys(keys), tracer, **paged)
+    return Online(service, None if keys is None else Keys(keys), tracer, **paged)
 
 
 @contextmanager

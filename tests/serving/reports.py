@@ -44,7 +44,7 @@ def made(
     manifest = {
         "kind": "report",
         "bundle": bundle,
-        "dataset": {"recipe": "made-up", "hash": "5c" * 32, "users": users},
+        "dataset": {"recipe": "made-up", "hash": "5c" * 32, "users": users, "events": 1009, "items": 37},
         "protocol": {"name": "own", "split": "test", "targets": "new", "request_time": False, "text": "In words."},
         "users": users,
         "decisive": METRIC,

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import RecipeError, StoreError
+from serving import admission
 from serving.admission import Breaker, Cost, Desk, OnlineSettings, Rate
 from serving.app import Online
 from serving.delivery import deliver
@@ -199,11 +200,12 @@ def test_a_rate_lets_a_burst_through_and_then_so_many_a_second() -> None:
     assert [Rate(0, 3, clock).wait("a") for _ in range(10)] == [0] * 10
 
 
-def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten() -> None:
-    rate = Rate(1.0, 1, Clock(), clients=3)
+def test_of_too_many_clients_the_one_that_was_silent_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "CLIENTS", 3)
+    rate = Rate(1.0, 1, Clock())
     for client in ("a", "b", "c", "a", "d"):
         rate.wait(client)
-    assert len(rate) == 3
+    assert len(rate._buckets) == 3
     assert rate.wait("a") > 0
     assert rate.wait("b") == 0
 

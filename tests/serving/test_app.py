@@ -23,7 +23,7 @@ from serving.document import OPERATIONS
 from serving.engine import Recommender
 from serving.explain import explain
 from serving.items import remove
-from serving.nights import Night, shard_of
+from serving.nights import Night, shard_of, users_file
 from serving.views import View
 from tests.serving.online import asked, client_of, made
 from tests.serving.writers import lists_of, write_night
@@ -544,6 +544,33 @@ def test_items_change_while_it_serves(shop_bundles: dict[str, Path], tmp_path: P
         assert client.delete("/v1/items/gone").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "question"),
+    [
+        ("/v1/similar", {"item_id": 5}),
+        ("/v1/recommend", {"history": [5], "k": 3, "explain": True}),
+        ("/v1/recommend/batch", {"users": ["u", "v"]}),
+    ],
+)
+def test_an_answer_is_of_the_bundle_that_was_live_when_it_was_begun(
+    bundles: dict[str, Path], path: str, question: dict[str, Any]
+) -> None:
+    online, reads = made(bundles["exact"]), []
+    arm = online.service.arms.champion
+    live = arm.recommender
+
+    class Watched(type(arm)):  # type: ignore[misc]
+        @property
+        def recommender(self) -> Recommender:
+            reads.append(path)
+            return live
+
+    with client_of(online) as client:
+        arm.__class__ = Watched
+        ask(client, path, **question)
+    assert reads == [path]
+
+
 def test_items_of_a_registered_bundle_and_of_one_without_descriptions_do_not_change(bundles: dict[str, Path]) -> None:
     new = {"items": [{"item_id": 7001, "title": "x"}]}
     with asked(bundles["exact"], addresses={"champion": "models:/recsys@champion"}) as client:
@@ -659,7 +686,7 @@ def test_an_erasure_that_fails_on_the_lists_says_so_forgets_and_is_done_when_ask
         assert not read()
         (folder / ".live.lock").rmdir()
         assert client.delete("/v1/users/user%20007").json() == {"user_id": "user 007", "history": False, "lists": True}
-        file = Night.open(folder).users(shard_of("user 011", 3))
+        file = Night.open(folder).path / users_file(shard_of("user 011", 3))
         whole = file.read_bytes()
         file.write_bytes(b"no lists")
         assert client.delete("/v1/users/user%20011").status_code == 503

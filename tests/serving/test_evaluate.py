@@ -19,10 +19,13 @@ from serving.evaluation.judge import Evaluation, evaluate
 from serving.evaluation.protocol import ProtocolSettings
 from tests.serving.conftest import write_run, write_shop
 
+KS = (10, 50, 1009)
+"""The last is more than there are items."""
+
 
 @pytest.fixture(scope="module")
 def report(run: Path, dataset: Dataset) -> Evaluation:
-    return evaluate(Recommender.load(run), dataset, depth=1009)
+    return evaluate(Recommender.load(run), dataset, ks=KS)
 
 
 def score(lists: pl.DataFrame, targets: dict[str, set[int]], k: int) -> dict[str, float]:
@@ -89,14 +92,15 @@ def test_full_lists_hold_every_new_item_once(report: Evaluation, dataset: Datase
 
 def test_every_baseline_stands_beside_the_model(report: Evaluation) -> None:
     assert list(report.figures) == ["model", "popularity", "recent popularity", "item-kNN", "EASE"]
-    assert all(set(figures) == {"recall@10", "ndcg@10", "recall@50", "ndcg@50"} for figures in report.figures.values())
+    wanted = {f"{metric}@{k}" for metric in ("recall", "ndcg") for k in KS}
+    assert all(set(figures) == wanted for figures in report.figures.values())
 
 
 def test_a_bundle_that_approximates_stands_beside_its_exact_search(
     bundles: dict[str, Path], report: Evaluation, dataset: Dataset
 ) -> None:
     heard: list[tuple[int, int]] = []
-    both = evaluate(Recommender.load(bundles["ivf"]), dataset, progress=lambda done, of: heard.append((done, of)))
+    both = evaluate(Recommender.load(bundles["ivf"]), dataset, ks=KS, progress=lambda done, of: heard.append((done, of)))
     assert both.figures["model, exact search"] == report.figures["model"]
     assert heard[-1][0] == heard[-1][1]
     assert heard == sorted(heard)
@@ -132,7 +136,7 @@ def by_text(tmp_path_factory: pytest.TempPathFactory, partly_cold: Dataset) -> R
 
 @pytest.fixture(scope="module")
 def sliced(by_text: Recommender, partly_cold: Dataset) -> Evaluation:
-    return evaluate(by_text, partly_cold, ks=(3, 11), depth=499)
+    return evaluate(by_text, partly_cold, ks=(3, 11, 499))
 
 
 def last_items(dataset: Dataset, cold: bool | None = None) -> dict[int, set[int]]:
@@ -192,7 +196,7 @@ def test_there_are_no_slices_where_no_item_is_cold(report: Evaluation) -> None:
 
 
 def test_without_baselines_the_model_alone_is_sliced(by_text: Recommender, partly_cold: Dataset, sliced: Evaluation) -> None:
-    alone = evaluate(by_text, partly_cold, ks=(3, 11), baselines=False)
+    alone = evaluate(by_text, partly_cold, ks=(3, 11, 499), baselines=False)
     assert set(alone.figures) == {"model"}
     assert alone.slices == {slice_: {"model": by["model"]} for slice_, by in sliced.slices.items()}
 

@@ -41,7 +41,9 @@ def recommender(run: Path) -> Recommender:
 @pytest.fixture(scope="module")
 def bundle(shop_run: Path, shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("explained") / "bundle"
-    export(shop_run, path, IndexSettings(kind="exact"), shop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.export.HISTORIES", 128)
+        export(shop_run, path, IndexSettings(kind="exact"), shop)
     return path
 
 
@@ -122,14 +124,15 @@ def test_of_a_linear_scorer_leaving_out_one_by_one_tells_all(run: Path, dataset:
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:
-    for size in (2, 3, 17, 101):
+    for size in (3, 17, 101):
         one, other = torch.randint(7, (2, size), generator=seeded(size)).double()
         one[0], one[1], other[0], other[1] = 8, 9, 9, 8
         assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
         assert spearman(one, one.exp()) == pytest.approx(1)
         assert spearman(one, -one) == pytest.approx(-1)
         assert spearman(one, torch.full_like(one, 5)) is None
-    assert spearman(torch.ones(1), torch.ones(1)) is None
+    assert spearman(torch.arange(2), torch.arange(2)) is None
+    assert spearman(torch.arange(3), torch.arange(3)) == 1
     assert spearman(torch.zeros(0), torch.zeros(0)) is None
 
 
@@ -146,7 +149,9 @@ def test_groups_are_random_and_of_a_quarter_to_a_half_of_the_events() -> None:
     assert [len(_groups(events, seeded())) for events in (0, 1, 3)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("history", "known"), [([5], 0), ([5, 5, 5], 0), ([5, 3], 1), ([5, 3, 7, 5], 3)], ids=str)
+@pytest.mark.parametrize(
+    ("history", "known"), [([5], 0), ([5, 5, 5], 0), ([5, 3], 0), ([5, 3, 7], 1), ([5, 3, 7, 5], 3)], ids=str
+)
 def test_short_histories_have_the_figures_that_can_be_known(history: list[int], known: int, recommender: Recommender) -> None:
     found = explain(recommender, history, seeded())
     assert [event["item_id"] for event in found.events] == history
@@ -154,6 +159,7 @@ def test_short_histories_have_the_figures_that_can_be_known(history: list[int], 
     assert [figure is not None for figure in figures] == [place < known for place in range(3)]
     assert all(figure is None or -1 <= figure <= 1 for figure in figures)
     assert ("unknown" in found.verdict) == (known < 3)
+    assert ("what is unknown takes a history of 4 events" in found.verdict) == (len(history) < 4)
 
 
 def test_an_event_beyond_what_the_model_reads_is_not_there_and_does_not_move_up(

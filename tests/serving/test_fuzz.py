@@ -17,7 +17,7 @@ from schemathesis.config import SchemathesisConfig
 
 from tests.serving.online import made
 
-CASES = int(os.environ.get("RECSYS_FUZZ", "11"))
+CASES = int(os.environ.get("RECSYS_FUZZ", "7"))
 CONFIG = """
 [checks]
 positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409", "422"]

@@ -342,7 +342,7 @@ def test_what_cannot_be_decided_is_one_line(registry, shop, tmp_path, capsys):
 
 
 def test_a_champion_that_changes_meanwhile_is_not_overrun(registry, shop, monkeypatch, capsys):
-    from recsys import promotion
+    from recsys.command import promotion
 
     def slow(*arguments, **settings):
         Tracking(registry).promote("3")

@@ -13,9 +13,9 @@ import pytest
 from features.dataset import Dataset
 from recsys.bundle import open_directory
 from recsys.errors import BundleError
-from serving.budget import Budget, spend
-from serving.budget import write as write_budget
 from serving.engine import Recommender
+from serving.evaluation.budget import Budget, spend
+from serving.evaluation.budget import write as write_budget
 from serving.export import export
 from serving.golden import GOLDEN, HISTORIES, TOLERANCE, Golden, K, _difference, compare, renew, write
 from serving.index import INDEXES, IndexSettings

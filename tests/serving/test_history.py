@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import shutil
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from features.build import build
 from features.dataset import Dataset
 from recsys.config import Recipe
 from recsys.errors import RequestError, SetupError, StoreError
-from serving import stores
-from serving.history import Event, HistoryStore, import_dataset, merged, open_store
-from serving.stores import STORES, hidden
+from serving import lmdb_store, stores
+from serving.history import STORES, Event, HistoryStore, import_dataset, merged, open_store
+from serving.stores import hidden
 from tests.serving.servers import RedisServer, redis_server
 from tests.serving.writers import fill_the_disk, load_much, visits, work_alone
 
@@ -330,9 +331,7 @@ def test_histories_of_an_earlier_version_are_read_and_named_when_they_are_writte
 ) -> None:
     store = open_store(url)
     with monkeypatch.context() as earlier:
-        earlier.setattr(
-            stores, "_framed", lambda _, digest, blob, front=0: bytes(front) + digest + len(blob).to_bytes(4) + blob
-        )
+        earlier.setattr(stores, "framed", lambda _, digest, blob, front=0: bytes(front) + digest + len(blob).to_bytes(4) + blob)
         for length in range(1, 97):
             store.append(f"user {length}", visits(*range(length), user="x"))
     store.append("user 7", visits(1000))
@@ -425,6 +424,20 @@ def test_erasing_while_someone_reads_for_long_says_that_bytes_are_left(
     store.close()
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_erasing_waits_while_another_process_tidies_the_file(url: str, tmp_path: Path) -> None:
+    store = open_store(url)
+    store.append("ada", visits(1, user="ada's"))
+    script = "import fcntl, sys, time; file = open(sys.argv[1], 'r+b'); fcntl.lockf(file, fcntl.LOCK_EX, 1, 121)"
+    words = [sys.executable, "-c", f"{script}; print(flush=True); time.sleep(0.5)", tmp_path / "histories-shm"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as tidying:  # 121: SQLite's lock of checkpoints
+        assert tidying.stdout is not None
+        tidying.stdout.readline()
+        assert store.erase("ada")
+    assert b"ada's" not in all_bytes(tmp_path)
+    store.close()
+
+
 @pytest.mark.parametrize("url", ["lmdb"], indirect=True)
 def test_erasing_does_the_same_in_lmdb(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "BUSY_SECONDS", 0.01)
@@ -471,6 +484,18 @@ def test_redis_killed_and_started_again_is_answered_by_the_same_store() -> None:
             store.check()
             assert store.read("ada") == []
         store.close()
+
+
+def test_a_redis_without_memory_says_so_and_names_nobody() -> None:
+    package = pytest.importorskip("redis", reason="needs Redis's package")
+    with redis_server() as server:
+        store, client = open_store(server.url), package.Redis.from_url(server.url)
+        client.config_set("maxmemory", 1)
+        with pytest.raises(StoreError, match="maxmemory") as refused:
+            store.append("canary", visits(1))
+        store.close()
+        client.close()
+    assert "canary" not in str(refused.value)
 
 
 def test_redis_may_be_down_when_the_store_is_opened() -> None:
@@ -580,7 +605,7 @@ def test_a_locked_file_is_read_and_written_to_when_it_is_free(
 def test_the_map_of_lmdb_grows_here_and_where_another_process_wrote(
     url: str, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores.LmdbBlobs, "MAP", 2**17)
+    monkeypatch.setattr(lmdb_store.LmdbBlobs, "MAP", 2**17)
     store = open_store(url)
     store.load((f"mine {user}", visits(*range(97))) for user in range(97))
     process = multiprocessing.get_context("spawn").Process(target=load_much, args=(url,))

@@ -201,6 +201,9 @@ def test_times_of_every_kind_are_seconds(dataset: Dataset, tmp_path: Path, kind:
 def test_what_is_no_table_of_events_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no Parquet file"):
         events_source(str(tmp_path), DataSettings())
+    for name in ("log.csv", "log-*.jsonl.gz"):
+        with pytest.raises(DataError, match="is no Parquet; give Parquet, or make a data set of it"):
+            events_source(str(tmp_path / name), DataSettings())
     pl.DataFrame({"user": [1], "item_id": [1], "timestamp": [1]}).write_parquet(tmp_path / "events.parquet")
     with pytest.raises(DataError, match="no column 'user_id'; did you mean 'user'"):
         events_source(str(tmp_path), DataSettings())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -491,33 +491,33 @@ def test_what_is_added_is_written_behind_what_is_known(bundle: Path) -> None:
 
 
 ONE_BY_ONE = """
-import sys
+import os, sys
 from pathlib import Path
 from serving.items import add
 from tests.serving.conftest import goods
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 sys.stdin.readline()
 for item_id in range(int(sys.argv[2]), int(sys.argv[3])):
     add(Path(sys.argv[1]), goods([item_id]).lazy())
 """
 
 
-def one_by_one(bundle: Path, first: int, behind: int) -> subprocess.Popen[str]:
+def one_by_one(forked: dict[str, str], bundle: Path, first: int, behind: int) -> subprocess.Popen[str]:
     """A process that adds items, each by itself, as soon as it is told to."""
-    words = [sys.executable, "-c", ONE_BY_ONE, str(bundle), str(first), str(behind)]
-    process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process
+    program = bundle.with_name("one_by_one.py")
+    program.write_text(ONE_BY_ONE)
+    words = ["python", program, bundle, str(first), str(behind)]
+    return subprocess.Popen(words, env=forked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def start(*processes: subprocess.Popen[str]) -> None:
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+def start(*processes: subprocess.Popen[str]) -> list[int]:
+    """Let them go on once all are there; their ids."""
+    ids = [int(process.stdout.readline()) for process in processes if process.stdout is not None]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
+    return ids
 
 
 def files_written(bundle: Path) -> int:
@@ -526,18 +526,20 @@ def files_written(bundle: Path) -> int:
 
 
 @pytest.mark.parametrize("moment", ["the first file", "all files", "the replacement"])
-def test_a_process_killed_while_it_writes_leaves_a_whole_bundle_that_can_be_changed(moment: str, bundle: Path) -> None:
+def test_a_process_killed_while_it_writes_leaves_a_whole_bundle_that_can_be_changed(
+    moment: str, forked: dict[str, str], bundle: Path
+) -> None:
     old, files = bundle.stat().st_ino, len(contents(bundle))
     reached: dict[str, Callable[[], bool]] = {
         "the first file": lambda: files_written(bundle) > 0,
         "all files": lambda: files_written(bundle) >= files,
         "the replacement": lambda: not bundle.exists() or bundle.stat().st_ino != old,
     }
-    with one_by_one(bundle, 7000, 7101) as process:
-        start(process)
+    with one_by_one(forked, bundle, 7000, 7101) as process:
+        (child,) = start(process)
         while process.poll() is None:
             if reached[moment]():
-                process.send_signal(signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
                 break
             time.sleep(0.0001)
     assert process.returncode == -signal.SIGKILL
@@ -548,8 +550,8 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_bundle_that_can_be_chan
     assert Recommender.load(bundle).items == left.items + 1
 
 
-def test_items_that_two_processes_add_at_once_are_all_there(bundle: Path) -> None:
-    with one_by_one(bundle, 7000, 7005) as one, one_by_one(bundle, 8000, 8005) as other:
+def test_items_that_two_processes_add_at_once_are_all_there(forked: dict[str, str], bundle: Path) -> None:
+    with one_by_one(forked, bundle, 7000, 7005) as one, one_by_one(forked, bundle, 8000, 8005) as other:
         start(one, other)
     assert (one.returncode, other.returncode) == (0, 0)
     recommender = Recommender.load(bundle)

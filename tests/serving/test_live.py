@@ -27,7 +27,7 @@ from serving.export import export
 from serving.golden import GOLDEN
 from serving.index import IndexSettings
 from serving.items import remove
-from serving.live import AGE, Arm, Arms, PathSource, RegistrySource, Requests, load, source_of
+from serving.live import AGE, MARK, Arm, Arms, PathSource, RegistrySource, Requests, load, source_of
 from tests.serving.conftest import ATTRIBUTES, write_run, write_shop
 
 HISTORY = [5, 7, 11]
@@ -105,6 +105,15 @@ def test_a_bundle_that_is_replaced_in_its_place_is_seen(pair: tuple[Path, Path],
     assert arm.recommender.answer(HISTORY, 1)["items"][0]["item_id"] == gone
     assert arm.refresh()
     assert gone not in [item["item_id"] for item in arm.recommender.answer(HISTORY, 100)["items"]]
+
+
+def test_what_mlflow_writes_beside_a_bundle_that_it_loads_is_no_new_bundle(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "bundle")
+    before = PathSource(tmp_path / "bundle").current()
+    (tmp_path / "bundle" / MARK).write_text("model_name: recsys\n")
+    assert PathSource(tmp_path / "bundle").current() == before
+    (tmp_path / "bundle" / "other").touch()
+    assert PathSource(tmp_path / "bundle").current() != before
 
 
 def test_an_arm_without_a_first_bundle_is_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ LEAST: dict[Any, dict[str, Any]] = {
 
 
 def read(kind: Any, **fields: Any) -> Any:
-    return decode(msgspec.json.Decoder(kind), json.dumps({**LEAST[kind], **fields}).encode())
+    return decode(kind, json.dumps({**LEAST[kind], **fields}).encode())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,14 +82,14 @@ def test_the_last_value_is_taken_and_the_next_refused(kind: Any, field: str, las
 def test_what_is_no_number_is_refused(wrong: str) -> None:
     for body in (f'{{"diversity": {wrong}}}', f'{{"where": {{"price": {{"min": {wrong}}}}}}}', f'{{"history": [{wrong}]}}'):
         with pytest.raises(RequestError):
-            decode(msgspec.json.Decoder(Recommend), body.encode())
+            decode(Recommend, body.encode())
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
 def test_any_bytes_are_a_message_or_one_line(body: bytes) -> None:
     for kind in KINDS:
         try:
-            decode(msgspec.json.Decoder(kind), body)
+            decode(kind, body)
         except RequestError as error:
             assert "\n" not in str(error)
 

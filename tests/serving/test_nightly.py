@@ -37,7 +37,7 @@ from serving.intake import dataset_source, events_source, store_source
 from serving.nightly import NightlySettings, nightly
 from serving.nights import LIVE, Night, Nights, lists_file, shard_of, users_file
 from serving.shards import Facts, Task, Terms
-from serving.tables import SOURCES, write_frames
+from serving.tables import SOURCES, write_table
 from serving.workers import Here, Processes
 from tests.serving.conftest import write_run
 from tests.serving.nights import lists_of, score_all
@@ -89,7 +89,7 @@ def test_every_user_has_a_list_of_new_items_by_all_their_events(
 
 def test_a_user_stands_in_the_shard_of_the_hash_of_the_id(whole: Night) -> None:
     for shard in range(whole.shards):
-        for table in (pl.read_parquet(whole.lists(shard)), pl.read_parquet(whole.users(shard))):
+        for table in (pl.read_parquet(whole.lists(shard)), pl.read_parquet(whole.path / users_file(shard))):
             assert {shard_of(user, whole.shards) for user in table["user_id"]} <= {shard}
             assert table["user_id"].is_sorted()
     users = pl.read_parquet(whole.path / "users-*.parquet")
@@ -336,14 +336,23 @@ print(count)
 """A night that kills its process before or after so many files got their names; says how many there were."""
 
 
-def job(kill_at: int, when: str, bundle: Path, dataset: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", JOB, str(kill_at), when, str(bundle), str(dataset), str(folder)]
-    return subprocess.run(words, capture_output=True, text=True)
+def job(
+    forked: dict[str, str], program: Path, kill_at: int, when: str, bundle: Path, dataset: Path, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    program.write_text(JOB)
+    words = ["python", program, str(kill_at), when, bundle, dataset, folder]
+    return subprocess.run(words, capture_output=True, text=True, env=forked)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_night_killed_where_a_file_gets_its_name_ends_with_the_bytes_of_an_undisturbed_one(
-    when: str, bundles: dict[str, Path], recommender: Recommender, dataset: Dataset, grown: Dataset, tmp_path: Path
+    when: str,
+    bundles: dict[str, Path],
+    recommender: Recommender,
+    dataset: Dataset,
+    grown: Dataset,
+    forked: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     score_all(recommender, grown, tmp_path / "lists", K, NOW)
     copies, counted = tmp_path / "copies", 0
@@ -352,7 +361,7 @@ def test_a_night_killed_where_a_file_gets_its_name_ends_with_the_bytes_of_an_und
         counted += 3 if when == "after" else 2  # some of the places, so that the test is done in a minute
         folder = copied(Night.open(tmp_path / "lists"), copies / str(counted))
         before = Night.open(folder).id
-        done = job(counted, when, bundles["exact"], dataset.path, folder)
+        done = job(forked, tmp_path / "job.py", counted, when, bundles["exact"], dataset.path, folder)
         if done.returncode == 0:
             assert int(done.stdout) < counted
             break
@@ -367,19 +376,19 @@ def test_a_night_killed_where_a_file_gets_its_name_ends_with_the_bytes_of_an_und
 
 
 def test_a_night_whose_whole_job_is_killed_at_any_moment_goes_on(
-    bundles: dict[str, Path], dataset: Dataset, whole: Night, tmp_path: Path
+    bundles: dict[str, Path], dataset: Dataset, whole: Night, forked: dict[str, str], tmp_path: Path
 ) -> None:
-    words = [sys.executable, "-m", "recsys", "nightly", str(bundles["exact"]), "--dataset", str(dataset.path)]
+    words = ["recsys", "nightly", str(bundles["exact"]), "--dataset", str(dataset.path)]
     words += ["--out", str(tmp_path / "lists"), "-k", str(K), "--now", str(NOW), "--workers", "2", "--no-track"]
     draw = random.Random(3)
     for _ in range(2):
-        with subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=forked) as process:
             work, since = Nights(tmp_path / "lists").work, time.monotonic()
             wanted = draw.randrange(0, 5)
             while process.poll() is None and len(list(work.glob("lists-*.parquet"))) < wanted and time.monotonic() < since + 60:
                 time.sleep(0.002)
             process.kill()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=forked)
     assert content(Night.open(tmp_path / "lists", verify=True)) == content(whole)
 
 
@@ -538,7 +547,7 @@ def test_guard_head(recommender: Recommender, bundles: dict[str, Path], dataset:
 
 
 def depth(recommender: Recommender) -> Any:
-    from serving.engine import DepthSettings
+    from serving.states import DepthSettings
 
     return DepthSettings()
 
@@ -592,20 +601,21 @@ def test_the_overlap_is_that_of_the_first_ten_items(
 # What goes wrong
 
 
-def test_a_job_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    def frames() -> Iterator[pl.DataFrame]:
-        yield pl.DataFrame({"a": [1]})
+def test_a_job_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(frames: list[pl.DataFrame], schema: pl.Schema, path: Path, **said: object) -> None:
+        path.write_text("half a")
         raise RequestError("half way")
 
+    monkeypatch.setattr("serving.tables.write_parquet", fail)
     (tmp_path / "lists.parquet").write_text("old")
     with pytest.raises(RequestError, match="half way"):
-        write_frames(frames(), {"a": pl.Int64()}, tmp_path / "lists.parquet", {})
+        write_table(pl.DataFrame({"a": [1]}), tmp_path / "lists.parquet", {})
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_nothing_is_written_for_a_job_that_has_ended(tmp_path: Path) -> None:
     with pytest.raises(RecsysError, match="no longer wanted"):
-        write_frames([pl.DataFrame({"a": [1]})], {"a": pl.Int64()}, tmp_path / "lists.parquet", {}, lambda: False)
+        write_table(pl.DataFrame({"a": [1]}), tmp_path / "lists.parquet", {}, lambda: False)
     assert list(tmp_path.iterdir()) == []
 
 

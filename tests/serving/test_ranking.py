@@ -27,7 +27,7 @@ from serving.engine import Recommender
 from serving.evaluation.baselines import BASELINES
 from serving.evaluation.judge import Evaluation, evaluate
 from serving.export import calibrated, export
-from serving.index import IndexSettings
+from serving.index import INDEXES, IndexSettings
 from serving.lists import Lists
 from serving.ranking import CANDIDATES, STEP, ServingSettings, chosen_blocks, listed
 from serving.ranking import candidates as named
@@ -151,7 +151,7 @@ def test_by_default_so_many_blocks_are_served_as_did_best_on_validation(
     recommender = with_serving(ranked_bundles["companions"], curve)
     assert recommender.ranker_blocks == wanted
     assert with_serving(ranked_bundles["companions"], curve, ranker_blocks=1).ranker_blocks == 1
-    assert chosen_blocks(ServingSettings(), None, curve) == 0
+    assert chosen_blocks(ServingSettings(), None, {"ranker": {"curve": curve}}) == 0
 
 
 @pytest.mark.parametrize("most", [16, 17, 48, 64])
@@ -549,6 +549,13 @@ def test_served_probabilities_are_those_of_draws_by_users_that_it_was_not_calibr
         deviation = 2**0.5 * (chances[chosen] * (1 - chances[chosen])).sum().sqrt()
         assert abs(float(chances[chosen].sum() - hits[chosen].sum())) < 4 * float(deviation) + 1
     assert float(chances.sum()) == pytest.approx(0.7 * (2003 - learnt), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_a_calibration_is_of_what_requests_find(kind: str, bundles: dict[str, Path], dataset: Dataset) -> None:
+    recommender = Recommender.load(bundles[kind])
+    stored, anew = recommender.manifest["calibration"], calibrated(recommender, dataset)["calibration"]
+    assert stored == {name: pytest.approx(anew[name], rel=1e-4, abs=1e-6) for name in anew}
 
 
 def test_without_a_validation_split_there_is_no_calibration(run: Path, dataset: Dataset) -> None:

@@ -21,7 +21,7 @@ from serving.engine import Recommender
 from serving.evaluation.given import GivenLists
 from serving.evaluation.judge import evaluate
 from serving.evaluation.protocol import ProtocolSettings
-from serving.evaluation.report import Report, make_report, wilson
+from serving.evaluation.report import Report, make_report
 from serving.evaluation.slices import _names
 from tests.serving.conftest import write_run, write_shop
 
@@ -84,7 +84,7 @@ def test_slices_of_targets_part_them(report: Report, subject: Recommender, shop:
     for kind in ("item popularity", "item age"):
         parts = [part for part in report.manifest["slices"] if part["by"] == kind]
         assert sum(part["share"] for part in parts) == pytest.approx(1)
-        sums = sum(float(pl.Series(report.values(of=f"{kind}: {part['slice']}")).fill_nan(0).sum()) for part in parts)
+        sums = sum(float(report.users[f"model: ndcg@10 | {kind}: {part['slice']}"].fill_nan(0).sum()) for part in parts)
         assert sums == pytest.approx(float(found.values("model", ("ndcg",), (10,))["ndcg@10"].sum()))
 
 
@@ -222,11 +222,6 @@ def test_rare_values_of_a_column_are_one_slice(tmp_path: Path) -> None:
     assert told == {"Bonn": 40, "Köln": 30, "other values": 20}
 
 
-def test_wilsons_interval_by_hand() -> None:
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-
-
 @pytest.mark.parametrize(
     ("table", "says"),
     [
@@ -261,7 +256,7 @@ def test_figures_of_real_data_are_those_of_the_yardstick(name: str, protocol: st
     build(Path(place) / name, recipe, tmp_path / "dataset")
     data = Dataset.open(tmp_path / "dataset")
     chosen = ProtocolSettings(name=protocol)
-    own = evaluate(Recommender.load(write_run(tmp_path / "run", data)), data, chosen, depth=50, baselines=False)
+    own = evaluate(Recommender.load(write_run(tmp_path / "run", data)), data, chosen, baselines=False)
     mixed = own.frame().with_columns(pl.col("user_id", "item_id").cast(pl.String))
     last = data.events.group_by("user_id").agg(pl.col("item_id").last()).collect().cast(pl.String)
     targets = last.with_columns(rank=pl.lit(7, pl.Int32), score=pl.lit(0.0, pl.Float32)).gather_every(3)

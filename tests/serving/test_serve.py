@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +29,13 @@ from serving.items import remove
 from tests.serving.conftest import write_run
 from tests.serving.servers import RedisServer, free_port
 
-ROOT = Path(__file__).parents[2]
 QUESTION = {"history": [5, 7, 11], "k": 13}
 
 
 class Worker:
     """A process of `recsys serve`."""
+
+    environment: dict[str, str]
 
     def __init__(self, bundle: Path, log: Path, *options: str, port: int | None = None) -> None:
         self.bundle, self.log, self.options, self.port = bundle, log, options, port or free_port()
@@ -43,10 +43,10 @@ class Worker:
 
     def start(self) -> Worker:
         """Start it, and wait until it is ready."""
-        words = [sys.executable, "-m", "recsys", "serve", str(self.bundle), "--port", str(self.port), *self.options]
+        words = ["recsys", "serve", str(self.bundle), "--port", str(self.port), *self.options]
         words += [] if "--store" in words else ["--store", "memory:"]
         with self.log.open("ab") as output:
-            self.process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
+            self.process = subprocess.Popen(words, env=self.environment, stdout=output, stderr=output)
         for _ in range(1200):
             with suppress(httpx2.TransportError):
                 if httpx2.get(f"{self.url}/ready").status_code == 200:
@@ -74,6 +74,11 @@ class Worker:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_start_at_once(forked: dict[str, str]) -> None:
+    Worker.environment = forked
 
 
 @contextmanager
@@ -169,9 +174,9 @@ def test_a_body_that_never_comes_keeps_it_from_leaving_no_longer_than_it_may_tak
         assert under_way.recv(65536).startswith(b"HTTP/1.1 408")
 
 
-def test_a_share_without_a_challenger_is_refused(bundles: dict[str, Path]) -> None:
-    words = [sys.executable, "-m", "recsys", "serve", str(bundles["exact"]), "--port", "0", "--store", "memory:"]
-    done = subprocess.run([*words, "--set", "online.share=0.3"], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_a_share_without_a_challenger_is_refused(bundles: dict[str, Path], forked: dict[str, str]) -> None:
+    words = ["recsys", "serve", bundles["exact"], "--port", "0", "--store", "memory:", "--set", "online.share=0.3"]
+    done = subprocess.run(words, env=forked, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "a share of 0.3 is given without a challenger" in done.stderr
     assert "ResourceWarning" not in done.stderr
@@ -215,20 +220,19 @@ class Proxy:
         server = await asyncio.start_server(self._pass, "127.0.0.1", self.port)
         watch = asyncio.create_task(self._watch())
         await self._stopped.wait()
-        watch.cancel()
         server.close()
-        for task in self._open:
-            task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
+        await asyncio.gather(watch, *self._open)
 
     async def _watch(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             for port in self.ports:
                 try:
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                    writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-                    whole = (await reader.read()).startswith(b"HTTP/1.1 200")
-                    writer.close()
+                    try:
+                        writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+                        whole = (await reader.read()).startswith(b"HTTP/1.1 200")
+                    finally:
+                        await closed(writer)
                 except OSError:
                     whole = False
                 (self._ready.add if whole else self._ready.discard)(port)
@@ -240,7 +244,11 @@ class Proxy:
         self._open.add(task)
         task.add_done_callback(self._open.discard)
         ready = sorted(self._ready)
-        there, back = await asyncio.open_connection("127.0.0.1", ready[next(self._turn) % len(ready)])
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", ready[next(self._turn) % len(ready)])
+        except (OSError, ZeroDivisionError):  # gone meanwhile, or nobody is ready yet
+            await closed(writer)
+            return
 
         async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
             while part := await source.read(65536):
@@ -251,8 +259,14 @@ class Proxy:
             await pump(there, writer)
         finally:
             sending.cancel()
-            writer.close()
-            back.close()
+            await asyncio.gather(closed(writer), closed(back))
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    """Close the connection, and wait until nothing is left of it."""
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 @contextmanager

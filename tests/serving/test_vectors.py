@@ -12,7 +12,7 @@ from recsys.batch import FIRST_ITEM
 from recsys.model import WEIGHTS
 from serving.directions import Directions
 from serving.engine import Recommender
-from serving.export import export, nearest
+from serving.export import export
 from serving.index import IndexSettings, Scan
 from serving.retrieval import find
 from serving.vectors import LONGEST, VECTORS, item_vectors, read_vectors, write_vectors
@@ -66,13 +66,6 @@ def test_vectors_that_are_no_table_have_a_file(shop_run: Path, tmp_path: Path) -
     manifest = export(shop_run, tmp_path / "bundle", IndexSettings())
     assert torch.equal(read_vectors(tmp_path / "bundle"), Recommender.load(shop_run).scan.vectors_VE)
     assert manifest[LONGEST] == pytest.approx(1)
-
-
-def test_what_is_nearest_is_so_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries_BE = drawn(11).flip(1)
-    for block in (1, 101, 10**6):
-        monkeypatch.setattr("serving.export.TOGETHER", block)
-        assert torch.equal(nearest(drawn(), queries_BE, 31), (queries_BE @ drawn().T).topk(31).indices)
 
 
 def test_directions_are_the_vectors_at_length_1() -> None:

@@ -72,7 +72,7 @@ def write_night(
 
     from recsys.bundle import entry
     from serving.nights import Nights, lists_file, shard_of, users_file
-    from serving.tables import write_frames
+    from serving.tables import write_table
 
     nights, files, parts = Nights(folder), {}, []
     ids = [item for listed in lists.values() for item, _ in listed]
@@ -94,7 +94,7 @@ def write_night(
             )
             table = pl.DataFrame(rows, schema=columns, orient="row")
             for name, frame in ((users_file(shard), users), (lists_file(shard), table)):
-                write_frames([frame], dict(frame.schema), nights.work / name, {"bundle": "made-up"})
+                write_table(frame, nights.work / name, {"bundle": "made-up"})
                 files[name] = entry(nights.work / name)
             short = sum(len(listed) < k for listed in mine.values())
             parts.append({"users": len(mine), "rows": len(table), "underfilled": short, "popular": 0})

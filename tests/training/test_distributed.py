@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,18 +17,18 @@ import torch
 from features.build import build
 from features.dataset import GROUPS, LIST_ROWS, Dataset
 from features.synthetic import SyntheticSettings, write
-from recsys import __main__ as command
 from recsys.batch import Sequences, deal
 from recsys.bundle import open_directory
+from recsys.command.learning import without
+from recsys.command.reproduce import reproduce
 from recsys.config import Recipe
 from recsys.errors import RecipeError
 from recsys.model import SequenceModel
-from recsys.reproduce import reproduce
 from tests.training import together
 from tests.training.conftest import RING
 from training.checkpoint import TABLE, Checkpoints, read_table
 from training.data import EpochBatches, cut_by_cost
-from training.distributed import table_of
+from training.distributed import ShardedTable
 from training.loop import refuse_settings
 from training.team import ALONE, Team, joined
 from training.validate import validate
@@ -95,7 +96,7 @@ def test_targets_are_ranked_in_blocks_as_among_all_items_at_once(ring, monkeypat
     monkeypatch.setattr("training.validate.BLOCK", block)
     items = RING - 3  # the last three are unknown, and cannot be found
     with joined(torch.device("cpu"), together=True) as team:
-        table = table_of(team, "sgd", "row_wise")
+        table = partial(ShardedTable, team=team, kind="sgd", sharding="row_wise")
         settings = [(together.MODEL, None), (together.IN_PARTS, table)]
         plain, parts = (
             SequenceModel(model, items, table=own).initialise(torch.Generator().manual_seed(0)) for model, own in settings
@@ -293,18 +294,14 @@ SMALL = [
 
 
 @pytest.mark.torchrec
-@pytest.mark.timeout(600)  # four starts of torchrun
+@pytest.mark.timeout(600)  # three starts of torchrun
 def test_a_training_of_which_a_process_is_killed_ends_by_itself_with_the_same_bytes(world, tmp_path):
-    def start(out: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "recsys", "train", "tiny", "--dataset", str(world / "dataset"), "--out", str(out)]
-        command += [*(word for each in SMALL for word in ("--set", each)), "--device", "cpu", "--processes", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{out.name}.log").open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-    assert start(tmp_path / "undisturbed").wait(timeout=250) == 0, (tmp_path / "undisturbed.log").read_text()
-    checkpoint, deadline, killed = tmp_path / "killed" / "checkpoint", time.monotonic() + 120, None
-    with start(tmp_path / "killed") as process:
+    out, written = tmp_path / "killed", tmp_path / "killed.log"
+    command = [sys.executable, "-m", "recsys", "train", "tiny", "--dataset", str(world / "dataset"), "--out", str(out)]
+    command += [*(word for each in SMALL for word in ("--set", each)), "--device", "cpu", "--processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint, deadline, killed = out / "checkpoint", time.monotonic() + 120, None
+    with written.open("w") as log, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) as process:
         while process.poll() is None and killed is None and time.monotonic() < deadline:
             time.sleep(0.01)
             if any(path.name.isdigit() and int(path.name) for path in checkpoint.glob("0*")):
@@ -312,14 +309,15 @@ def test_a_training_of_which_a_process_is_killed_ends_by_itself_with_the_same_by
                 killed = next(worker for worker in workers if worker.environ().get("RANK") == "1")
                 killed.kill()
         ended = process.wait(timeout=250)
-    assert ended == 0, (tmp_path / "killed.log").read_text()
+    assert ended == 0, written.read_text()
     assert killed is not None
-    first, second = (open_directory(tmp_path / name / "model").manifest for name in ("undisturbed", "killed"))
+    found = reproduce(str(out), None, None, tmp_path / "undisturbed")  # by two processes as well
+    assert found.reproduced, [row for row in found.rows if row.agrees is False]
+    (again,) = (path.parent for path in (tmp_path / "undisturbed").rglob("manifest.json") if path.parent.name == "model")
+    first, second = (open_directory(path).manifest for path in (again, out / "model"))
     assert first["files"] == second["files"] and first["curve"] == second["curve"]
     assert second["clock"]["environment"]["processes"] == 2
-    assert json.loads((tmp_path / "killed" / "run.json").read_text())["key"]
-    found = reproduce(str(tmp_path / "killed"), None, None, None)  # by two processes as well
-    assert found.reproduced, [row for row in found.rows if row.agrees is False]
+    assert json.loads((out / "run.json").read_text())["key"]
 
 
 @pytest.mark.parametrize(
@@ -344,4 +342,4 @@ def test_an_average_of_a_table_that_is_not_read_whole_is_refused():
 
 def test_an_option_is_taken_out_of_a_command_with_its_value():
     words = ["train", "x", "--processes", "4", "--set", "a.b=1", "--processes=4", "--out", "y"]
-    assert command._without(words, "--processes") == ["train", "x", "--set", "a.b=1", "--out", "y"]
+    assert without(words, "--processes") == ["train", "x", "--set", "a.b=1", "--out", "y"]

@@ -13,7 +13,8 @@ from recsys.model import ModelSettings, SequenceModel
 from recsys.ranker import Companions, Known, Ranker, RankerSettings
 from recsys.text import TextSettings
 from tests.training.conftest import RING, ring_content
-from training import ranking
+from training import checkpoint, ranking
+from training.checkpoint import Checkpoints
 from training.data import EpochBatches, TrainingBatch
 from training.loop import Observation, State
 from training.optimizer import Optimizer, OptimizerSettings
@@ -191,8 +192,7 @@ def test_with_every_item_a_candidate_the_loss_is_the_softmax_over_what_the_user_
         free_UV[user, torch.tensor(sorted(rows), dtype=torch.int64) - FIRST_ITEM] = False
     for batch in EpochBatches(sequences, 97, 307, 0, 0, "all"):
         state = State(ranker, Optimizer(ranker, OptimizerSettings(learning_rate=1e-30)), torch.Generator().manual_seed(0))
-        state.steps_planned = 1
-        taught.learn(state, batch)
+        total, targets = taught.learn(state, batch)
         states_BTE, _ = taught.model.read_all(batch.history, batch.asked)
         losses = []
         for place, target in zip(batch.places.tolist(), batch.targets.tolist(), strict=True):
@@ -200,9 +200,8 @@ def test_with_every_item_a_candidate_the_loss_is_the_softmax_over_what_the_user_
             scores_V = taught.model.place(states_BTE[owner, place - batch.history.offsets[owner]]) @ taught.known.vectors_VE.T
             own, free_V = scores_V[target - FIRST_ITEM], free_UV[batch.users[owner]]
             losses.append(float(torch.cat([own[None], scores_V[free_V]]).logsumexp(0) - own))
-        assert state.targets == len(losses)
-        assert state.loss_sum / state.targets == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-        assert (state.step, state.steps) == (1, 1)
+        assert targets == len(losses)
+        assert total / targets == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
 LEARNERS = {
@@ -257,16 +256,17 @@ def test_a_ranker_cut_off_anywhere_ends_with_the_weights_of_an_undisturbed_one(r
         if seen == after:
             raise Cut
 
-    rest = {"checkpoint": tmp_path / "checkpoint", "key": "k", "checkpoint_seconds": 0}
+    monkeypatch.setattr(checkpoint, "SECONDS", 0)
     with pytest.raises(Cut):
-        learn(world, settings, observe=cut, **rest)
-    resumed, same_companions, same_curve = learn(world, settings, **rest)
+        learn(world, settings, observe=cut, checkpoints=Checkpoints(tmp_path, "k"))
+    monkeypatch.setattr(checkpoint, "SECONDS", 60)
+    resumed, same_companions, same_curve = learn(world, settings, checkpoints=Checkpoints(tmp_path, "k"))
     assert same(undisturbed, resumed)
     assert undisturbed.curve == resumed.curve
     assert curve == same_curve
     assert companions is same_companions is None or torch.equal(companions.rows_RK, same_companions.rows_RK)
     with pytest.raises(RecsysError, match="another recipe, data set or device"):
-        learn(world, settings, checkpoint=tmp_path / "checkpoint", key="other")
+        learn(world, settings, checkpoints=Checkpoints(tmp_path, "other"))
 
 
 def test_patience_ends_learning_and_the_best_ranker_stays(ring):

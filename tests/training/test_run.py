@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -223,15 +221,14 @@ def test_a_run_goes_on_in_its_own_store_with_other_settings_that_do_not_decide(d
 
 def command(dataset: Dataset, out: Path) -> list[str]:
     changes = [part for setting in (*SETTINGS, "tracking.uri=off") for part in ("--set", setting)]
-    return [sys.executable, "-m", "recsys", "train", "tiny", "--dataset", str(dataset.path), "--out", str(out), *changes]
+    return ["recsys", "train", "tiny", "--dataset", str(dataset.path), "--out", str(out), *changes]
 
 
-def test_kill_9_and_the_same_command_again_end_with_the_weights_of_an_undisturbed_run(dataset, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(command(dataset, tmp_path / "calm"), check=True, env=environment)
+def test_kill_9_and_the_same_command_again_end_with_the_weights_of_an_undisturbed_run(dataset, forked, tmp_path):
+    subprocess.run(command(dataset, tmp_path / "calm"), check=True, env=forked)
     killed = 0
     for _ in range(3):
-        process = subprocess.Popen(command(dataset, tmp_path / "killed"), env=environment)
+        process = subprocess.Popen(command(dataset, tmp_path / "killed"), env=forked)
         checkpoint, before = tmp_path / "killed" / CHECKPOINT, None
         if checkpoint.exists():
             before = checkpoint.stat().st_mtime_ns
@@ -242,7 +239,7 @@ def test_kill_9_and_the_same_command_again_end_with_the_weights_of_an_undisturbe
             killed += 1
         process.wait()
     assert killed
-    subprocess.run(command(dataset, tmp_path / "killed"), check=True, env=environment)
+    subprocess.run(command(dataset, tmp_path / "killed"), check=True, env=forked)
     calm, resumed = (load_file(tmp_path / name / "model" / "weights.safetensors") for name in ("calm", "killed"))
     assert all(torch.equal(calm[name], resumed[name]) for name in calm)
     assert (tmp_path / "calm" / "curve.jsonl").read_bytes() == (tmp_path / "killed" / "curve.jsonl").read_bytes()

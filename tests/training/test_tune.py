@@ -13,13 +13,12 @@ import torch
 from features.build import build
 from features.dataset import Dataset
 from features.synthetic import SyntheticSettings, write
-from recsys import __main__ as command
+from recsys.command import recipes as command
 from recsys.config import Recipe, load_recipe
 from recsys.errors import DataError, RecipeError, RecsysError
 from recsys.tracking import OFF, Tracking, TrackingSettings
 from training import tune as module
-from training.space import DEFAULT_SEARCH, TuneSettings, own_values
-from training.tune import Trial, tune
+from training.tune import DEFAULT_SEARCH, Trial, TuneSettings, own_values, tune
 
 RATES = {"optimizer": {"learning_rate": [1e-7, 1e-2]}}
 MIXED = {
@@ -49,7 +48,7 @@ def small(search: Any, model: Any = None, **tuning: Any) -> Recipe:
 
 def search(dataset: Dataset, recipe: Recipe, out: Path, tracking: Tracking | None = None, **others: Any) -> list[Trial]:
     tracking = tracking or Tracking(TrackingSettings(uri=OFF))
-    resolved = command._resolved(recipe)
+    resolved = command.resolved(recipe)
     return tune(dataset, recipe, resolved, out, device=torch.device("cpu"), tracking=tracking, **others)
 
 
@@ -256,11 +255,11 @@ def test_no_trials_and_negative_minutes_are_refused(counts):
 
 
 def test_the_search_without_a_section_holds_the_values_of_every_shipped_recipe():
-    folder = Path(command.__file__).parents[1] / "training" / "recipes"
+    folder = Path(command.__file__).parents[2] / "training" / "recipes"
     settings = Recipe("none", {}).read(TuneSettings)
     assert settings.search == DEFAULT_SEARCH
     for path in folder.glob("*.toml"):
-        resolved = command._resolved(load_recipe(str(path), folder))
+        resolved = command.resolved(load_recipe(str(path), folder))
         assert own_values(resolved, settings.domains) is not None, path.name
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import training.checkpoint
 from recsys.batch import Sequences, deal, gather
 from recsys.model import ModelSettings
 from tests.training.conftest import RING, ring_sequences
@@ -76,6 +77,7 @@ def train(name: str, team: Team, folder: Path, cut: int = 0) -> dict[str, Any]:
         if seen == cut:
             raise Cut
 
+    training.checkpoint.SECONDS = 0 if cut else 60
     model, settings, loss, optimizer = WAYS[name]
     told: list[str] = []
     state = fit(
@@ -86,9 +88,7 @@ def train(name: str, team: Team, folder: Path, cut: int = 0) -> dict[str, Any]:
         loss,
         optimizer,
         team=team,
-        checkpoint=folder / name,
-        key="k",
-        checkpoint_seconds=0 if cut else 60,
+        checkpoints=Checkpoints(folder / name, "k", team),
         observe=observe,
         tell=told.append,
     )
