@@ -28,7 +28,7 @@ test: export POLARS_MAX_THREADS := 1
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist worksteal -rs $(ARGS)
+	$(BIN)/pytest -n 3 --dist worksteal -rs $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict $(ARGS)
