@@ -5,16 +5,21 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
+import torch
 
 from recsys import __main__ as command
+from recsys.command import terminal
 from recsys.command.terminal import records_table
 from recsys.tracking import Tracking, TrackingSettings
 from serving.engine import Recommender
 from tests.test_documents import verbs
+from training.loop import Observation
 
 
 def raw(world: Path, folder: Path, **columns: pl.Expr) -> Path:
@@ -538,3 +543,33 @@ def test_recommend_takes_diversity_and_popularity_and_shows_probabilities(world,
         assert error.count("\n") == 1
     assert run("recommend", world / "run", "--history", *history, "--probabilities") == 2
     assert "not calibrated; export it with --dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("others", "threads", "told"), [(1.0, 2, 1), (0.3, 2, 0), (1.0, 1, 0), (0.6, 7, 1)])
+def test_threads_of_a_training_that_wait_for_other_work_are_told_of_once(others, threads, told, monkeypatch, capsys):
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(terminal, "others_cores", lambda: lambda: others)
+    with terminal.training_progress() as shown:
+        for epoch in (1, 2):
+            shown["observe"](Observation(epoch, 7, 7, 5.0, 1e-3, 3.0))
+            shown["observe"](Observation(epoch, 7, 7, 5.0, 1e-3, 3.0, {"ndcg@10": 0.25}))
+    assert capsys.readouterr().err.count("OMP_NUM_THREADS=1") == told
+
+
+def test_other_work_is_seen_and_our_own_is_not_counted():
+    others = terminal.others_cores()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(psutil.cpu_count())]
+    time.sleep(1)
+    found = others()
+    for process in busy:
+        process.kill()
+        process.wait()
+    assert 0.3 < found <= psutil.cpu_count()
+    began, others = time.process_time(), terminal.others_cores()
+    start = time.monotonic()
+    while time.monotonic() < start + 1:
+        pass
+    ours = (time.process_time() - began) / (time.monotonic() - start)
+    assert others() < psutil.cpu_count() - ours + 0.2

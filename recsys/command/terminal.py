@@ -71,12 +71,14 @@ def _pace(done: int, left: int, seconds: float) -> str:
 
 @contextmanager
 def training_progress(quiet: bool = False) -> Iterator[dict[str, Any]]:
-    """What `training.run.train` tells: a bar over each epoch's steps on a terminal, a line for every validation everywhere;
-    before, over texts encoded. With `quiet` nothing is shown.
+    """What `training.run.train` tells: a bar over each epoch's steps on a terminal, a line for every validation everywhere,
+    and after the first one that cores are short, if so; before, over texts encoded. With `quiet` nothing is shown.
     """
     if quiet:
         yield {}
         return
+    others = others_cores()
+    asked = False
     with _one_bar("steps", "training") as (tell, move):
 
         def observe(seen: Observation) -> None:
@@ -88,6 +90,10 @@ def training_progress(quiet: bool = False) -> Iterator[dict[str, Any]]:
             what = "" if seen.part == "model" else f"{seen.part} "
             judged = f"validation {' '.join(figures) or 'none'}, {seen.seconds:.1f} s{' *' if seen.best else ''}"
             tell(f"{what}epoch {seen.epoch}: loss {seen.loss:.4f}, {judged}")
+            nonlocal asked
+            if not asked and (problem := crowded(others())):
+                tell(problem)
+            asked = True
 
         def read(done: int, of: int) -> None:
             move(completed=done, total=of, description="texts read")
@@ -95,6 +101,32 @@ def training_progress(quiet: bool = False) -> Iterator[dict[str, Any]]:
                 tell(f"texts read: {done:,} of {of:,}")
 
         yield {"observe": observe, "progress": read, "tell": tell}
+
+
+def others_cores() -> Callable[[], float]:
+    """Asked later, it says how many cores of this machine other work has kept busy since now, in the mean."""
+    import psutil
+
+    psutil.cpu_percent()
+    began, ours = time.monotonic(), time.process_time()
+
+    def others() -> float:
+        seconds = max(time.monotonic() - began, 1e-9)
+        return float(psutil.cpu_percent() / 100 * psutil.cpu_count() - (time.process_time() - ours) / seconds)
+
+    return others
+
+
+def crowded(others: float) -> str:
+    """What to do where `others` cores are kept busy by other work, so that the threads of a training wait for each other."""
+    import psutil
+    import torch
+
+    threads, cores = torch.get_num_threads(), psutil.cpu_count()
+    if threads == 1 or others < 0.5 or threads + others < cores + 0.5 or torch.cuda.is_available():
+        return ""
+    wait = f"other work keeps {others:.1f} of {cores} cores busy, and {threads} threads wait for each other"
+    return f"{wait}: export OMP_NUM_THREADS=1 is many times faster for a small model"
 
 
 @contextmanager
