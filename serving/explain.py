@@ -98,7 +98,7 @@ class Explanation:
         if drops[0] is not None and drops[0] < TRUSTED:
             said += ", so that drops do not add up here"
         if len(self.events) < FEWEST:
-            said += f"; what is unknown takes a history of {FEWEST} events"
+            said += f"; unknown, since this history has fewer than {FEWEST} events"
         if bundle:
             return f"{said}."
         return f"{said}; other histories were not measured: `recsys export --dataset` does it for a bundle."

@@ -159,7 +159,7 @@ def test_short_histories_have_the_figures_that_can_be_known(history: list[int], 
     assert [figure is not None for figure in figures] == [place < known for place in range(3)]
     assert all(figure is None or -1 <= figure <= 1 for figure in figures)
     assert ("unknown" in found.verdict) == (known < 3)
-    assert ("what is unknown takes a history of 4 events" in found.verdict) == (len(history) < 4)
+    assert ("unknown, since this history has fewer than 4 events" in found.verdict) == (len(history) < 4)
 
 
 def test_an_event_beyond_what_the_model_reads_is_not_there_and_does_not_move_up(
