@@ -105,7 +105,7 @@ def test_a_list_is_the_commands_and_the_recommenders(
 
 def test_lists_and_likes_are_those_of_the_online_api(recommender: recsys.Recommender) -> None:
     terms: dict[str, Any] = {"k": 13, "where": {"brand": ["brand 1", "brand 2"]}, "deny": [28], "ignore_unknown": True}
-    with asked(Path("bundles/shop"), deadline_ms=60_000) as client:
+    with asked(Path("bundles/shop")) as client:
         online = client.post("/v1/recommend", json={"history": [*HISTORY, 9999], **terms}).json()
         near = client.post("/v1/similar", json={"item_id": 7, "k": 13, "deny": [28], "where": terms["where"]}).json()
     answer = recommender.recommend([*HISTORY, 9999], **terms)

@@ -587,7 +587,7 @@ def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], 
     other = tmp_path / "other"
     shutil.copytree(bundles["exact"], other)
     remove(other, [0])
-    with asked(bundles["exact"], challenger=other, share=0.37, deadline_ms=60_000) as client:
+    with asked(bundles["exact"], challenger=other, share=0.37) as client:
         told = client.get("/v1/bundle").json()
         ids = {arm["name"]: arm["bundle"] for arm in told["arms"]}
         assert told["share"] == 0.37
@@ -604,7 +604,7 @@ def test_the_challenger_serves_its_share_and_who_asks(bundles: dict[str, Path], 
         assert ask(client, "/v1/recommend/batch", users=users[:3], arm="challenger")["answers"][2]["arm"] == "challenger"
         salted = [client.get(f"/v1/users/{user}").json()["arm"] for user in users[:101]]
         assert salted == arms[:101]
-    with asked(bundles["exact"], challenger=other, share=0.37, salt="other", deadline_ms=60_000) as client:
+    with asked(bundles["exact"], challenger=other, share=0.37, salt="other") as client:
         assert [ask(client, user_id=user, k=1)["arm"] for user in users] != arms
 
 
@@ -720,7 +720,7 @@ def test_an_erased_user_is_found_nowhere(
     write_night(folder / "lists", lists)
     write_night(folder / "lists", lists, 5)
     store = f"{kind}:{folder / 'store'}"
-    with asked(bundles["exact"], store=store, lists=folder / "lists", record_every=1, deadline_ms=60_000) as client:
+    with asked(bundles["exact"], store=store, lists=folder / "lists", record_every=1) as client:
         for each in [*others, user, *others]:
             items = [{"user_id": each, "item_id": item, "time": item, "event_id": f"{each} event {item}"} for item in range(41)]
             ask(client, "/v1/events", events=items)

@@ -32,7 +32,7 @@ def schema(shop_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
     bundle = tmp_path_factory.mktemp("fuzzed") / "bundle"
     shutil.copytree(shop_bundles["exact"], bundle)
-    online = made(bundle, deadline_ms=60_000, record_every=7)
+    online = made(bundle, record_every=7)
     yield schemathesis.openapi.from_asgi("/openapi.json", online, config=SchemathesisConfig.from_str(CONFIG))
     online.service.store.close()
 

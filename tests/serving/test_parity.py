@@ -74,7 +74,7 @@ def test_the_api_the_nightly_lists_and_the_judged_lists_name_the_same_items_for_
     judged = of_users(evaluate(recommender, crowd, ks=(K,), baselines=False).frame())
     events = crowd.events.sort("user_id", "timestamp", maintain_order=True).collect().partition_by("user_id", as_dict=True)
     assert len(at_night) == USERS and len(judged) == USERS
-    with client_of(made(tmp_path / "bundle", deadline_ms=60_000, store=f"sqlite:{tmp_path / 'histories'}")) as client:
+    with client_of(made(tmp_path / "bundle", store=f"sqlite:{tmp_path / 'histories'}")) as client:
         import_dataset(client.app.service.store, crowd, lambda done, of: None)  # type: ignore[attr-defined]
         source = store_source(f"sqlite:{tmp_path / 'histories'}", KEEP)
         nightly(recommender, source, Nights(tmp_path / "of the store"), Terms(k=K, now=now or 0))
