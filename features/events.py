@@ -13,9 +13,8 @@ from features.cells import read_id, read_order, read_time
 from features.dataset import write_parquet
 from features.files import readable
 from features.parts import Engine, Part, Report, add_counts, divide
-from features.schema import REASON, ROW, DataSettings, Tally
+from features.schema import REASON, ROW, DataSettings, Tally, none_usable
 from features.split import SplitSettings, split_ends
-from recsys.errors import DataError
 
 STRETCH, STRETCH_ROWS = 2**22, 2**15
 """Events that are sorted at once while they are read, and of a row group of them, the least that a part reads of a stretch."""
@@ -78,13 +77,10 @@ def stage(judged: pl.LazyFrame, earlier: pl.LazyFrame | None, staged: Path, tall
     staged.mkdir()
     with readable(where):
         pl.concat(rows).sink_batches(put, chunk_size=STRETCH)
-    if not read:
-        raise DataError(f"{where}: there are no events; name a file that holds some")
     tally.read += read
     found = pl.concat(bad)
     if len(found) == read:
-        counts = ", ".join(f"{count} {reason}" for reason, count in found["reason"].value_counts(sort=True).rows())
-        raise DataError(f"{where}: none of the {read} events is usable ({counts}); check the recipe's section [data]")
+        raise none_usable(where, read, dict(found["reason"].cast(pl.String).value_counts().rows()))
     return found
 
 

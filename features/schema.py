@@ -99,7 +99,7 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "null_id": Policy("quarantined", "a user_id or item_id is empty, null or NaN"),
-    "wrong_type": Policy("quarantined", "a cell cannot be read as its column's type"),
+    "wrong_type": Policy("quarantined", "a cell cannot be read as its column's type; a time is a number, a date or ISO 8601"),
     "missing_time": Policy("quarantined", "the time is missing and there is no order to fill it by"),
     "missing_order": Policy("quarantined", "the order is missing"),
     "negative_time": Policy("quarantined", "the time lies before 1970"),
@@ -115,6 +115,15 @@ POLICIES: dict[str, Policy] = {
 REASON = pl.Enum(list(POLICIES))
 ROW = "#row"
 """Name of the column that numbers raw rows, in no one's data."""
+
+
+def none_usable(where: str, read: int, counts: Mapping[str, int]) -> DataError:
+    """That of so many events none is left, for which reasons, and where to look."""
+    if not counts:
+        return DataError(f"{where}: there are no events; name a file that holds some")
+    found = "; ".join(f"{count:,} {reason}: {POLICIES[reason].meaning}" for reason, count in sorted(counts.items()))
+    check = 'time_unit, which may be "ms",' if "future_time" in counts else "what stands"
+    return DataError(f"{where}: none of {read:,} events is usable ({found}); check {check} in the recipe's section [data]")
 
 
 @dataclass

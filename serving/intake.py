@@ -33,7 +33,7 @@ from features.cells import id_type
 from features.dataset import Dataset
 from features.events import fill_times, judge, part_repeats
 from features.files import readable
-from features.schema import ROW, DataSettings, require
+from features.schema import ROW, DataSettings, none_usable, require
 from recsys.batch import Batch
 from recsys.bundle import flush, write_file
 from recsys.errors import DataError, StoreError
@@ -358,8 +358,7 @@ class _Events:
             done += len(rows)
             progress(done, total)
         if not counts["events"]:
-            found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count) or "it is empty"
-            raise DataError(f"{self._where}: none of {total} events is usable ({found}); check the recipe's section [data]")
+            raise none_usable(self._where, total, {reason: count for reason, count in counts.items() if count})
         parts.close(numbers.items, {"kind": "events", "now": now, "repeats": self._settings.repeats})
         with _readable(self._place):
             if self._paths and _stamps(self._paths) != self.identity["files"]:

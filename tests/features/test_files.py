@@ -93,7 +93,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "not JSON": (lambda f: (f / "events.jsonl").write_text('{"user_id": 1}\nnonsense\n'), {}, "cannot be read"),
     "ragged": (lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n1,2,3,4\n"), {}, "cannot be read"),
     "not UTF-8": (lambda f: (f / "events.csv").write_bytes(b"user_id,item_id,timestamp\n1,\xe4,3\n"), {}, "cannot be read"),
-    "all bad": (lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n1,2,x\n"), {}, "none of the 1 events"),
+    "all bad": (
+        lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n1,2,x\n"),
+        {},
+        "none of 1 events is usable (1 wrong_type",
+    ),
+    "milliseconds": (
+        lambda f: (f / "events.csv").write_text("user_id,item_id,timestamp\n1,2,1767225600000\n"),
+        {},
+        'check time_unit, which may be "ms", in the recipe',
+    ),
     "list": (
         lambda f: EVENTS.with_columns(item_id=pl.concat_list("item_id")).write_parquet(f / "events.parquet"),
         {},
