@@ -21,14 +21,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import recsys
-import serving.admission
-import serving.evaluation.protocol  # noqa: F401  # its settings are found as a subclass
 from recsys import errors
 from recsys.__main__ import app
 from recsys.attention import PATTERNS
 from recsys.command.recipes import owners
 from recsys.config import Settings
 from recsys.errors import GuardError, RecsysError
+from serving.admission import OnlineSettings
 from serving.document import document
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +105,6 @@ def verbs() -> Iterator[tuple[str, Any]]:
 def recipe() -> str:
     """Every section with its keys: their type, their default, and what the class says of them."""
     own = owners()
-    others = [each for each in Settings.__subclasses__() if each not in own]
     parts = [
         "# The recipe\n",
         "A recipe is a TOML file of these sections. What it leaves out has the default; `--set section.key=value` goes before",
@@ -116,7 +114,7 @@ def recipe() -> str:
         + ", ".join(code(path.stem) for path in sorted((ROOT / "training" / "recipes").glob("*.toml")))
         + ".\n",
     ]
-    for owner in [*own, *others]:
+    for owner in [*own, OnlineSettings]:
         where = "" if owner in own else "\n\nIt is no section of a recipe: the verbs that read it take it by `--set`."
         rows = [
             (code(name), code(kind), code(default), said.replace("``", "`"))

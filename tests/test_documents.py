@@ -29,8 +29,10 @@ from recsys.__main__ import app
 from recsys.attention import PATTERNS
 from recsys.batch import FIRST_ITEM
 from recsys.command.recipes import owners
+from recsys.config import Settings
 from recsys.errors import RecsysError
 from recsys.model import ModelSettings, SequenceModel
+from serving.admission import OnlineSettings
 from serving.document import OPERATIONS
 from training import losses
 
@@ -198,9 +200,11 @@ def test_the_reference_names_every_verb_option_key_operation_and_error(site):
         assert f"recsys {verb}\n" in re.sub("¶", "\n", pages["command"]) and not [
             each for each in options if each not in pages["command"]
         ]
-    for owner in owners():
-        keys = [field.name for field in dataclasses.fields(owner)]
+    for owner in [*owners(), OnlineSettings]:
+        keys = [owner.section, *(field.name for field in dataclasses.fields(owner))]
         assert not [key for key in keys if key not in pages["recipe"]], owner.section
+    ours = {each for each in Settings.__subclasses__() if not each.__module__.startswith("tests.")}
+    assert ours == {*owners(), OnlineSettings}
     assert not [each.path for each in OPERATIONS if f"{each.method} {each.path}" not in pages["http"]]
     assert not [name for name in recsys.__all__ if not name.startswith("_") and f"recsys.{name}" not in pages["python"]]
     told = [each.__name__ for each in RecsysError.__subclasses__() if not each.__name__.startswith("_")]
@@ -210,7 +214,10 @@ def test_the_reference_names_every_verb_option_key_operation_and_error(site):
 def test_every_key_of_a_recipe_says_what_it_is():
     module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert [
-        (owner.section, name) for owner in owners() for name, _, _, said in module["described_fields"](owner) if not said
+        (owner.section, name)
+        for owner in [*owners(), OnlineSettings]
+        for name, _, _, said in module["described_fields"](owner)
+        if not said
     ] == []
 
 
